@@ -1,0 +1,114 @@
+"""The one file that knows which framework runs underneath Keras.
+
+JAX hands a training step its state and takes it back; TensorFlow and PyTorch
+update variables in place. Everything that this difference touches is here.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+NAME = keras.backend.backend()
+
+if NAME == "jax":
+    import jax
+elif NAME == "tensorflow":
+    import tensorflow as tf
+elif NAME == "torch":
+    import torch
+else:
+    raise ImportError(
+        "keras_mscm runs on the Keras backends 'jax', 'tensorflow' and "
+        f"'torch'. Received: KERAS_BACKEND={NAME}"
+    )
+
+
+def run_with_state(
+    function: Callable[[], Any], model: keras.Model, state: Sequence
+) -> tuple[Any, list]:
+    """Runs `function`, which reads and assigns variables, inside a step.
+
+    No gradient is recorded.
+
+    Args:
+        function: Function of no arguments.
+        model: Model whose variables it uses.
+        state: What Keras handed to the step besides the data. On JAX:
+            `(trainable, non_trainable, optimizer, metrics)` values in
+            training, without the optimizer's in evaluation. Else empty.
+
+    Returns:
+        The function's result, and the state with the values that it assigned
+        to trainable and non-trainable variables.
+    """
+    if not state:
+        with torch.no_grad() if NAME == "torch" else contextlib.nullcontext():
+            return function(), []
+    trainable, non_trainable, *rest = state
+    mapping = [
+        *zip(model.trainable_variables, trainable),
+        *zip(model.non_trainable_variables, non_trainable),
+    ]
+    if len(rest) == 2:
+        mapping += zip(model.optimizer.variables, rest[0])
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        result = function()
+    trainable = map(scope.get_current_value, model.trainable_variables)
+    non_trainable = map(scope.get_current_value, model.non_trainable_variables)
+    return result, [list(trainable), list(non_trainable), *rest]
+
+
+@contextlib.contextmanager
+def rewound(seed_states: Sequence[keras.Variable]) -> Iterator[None]:
+    """Runs a block, then puts the random states back to what they were.
+
+    What runs next draws the same random numbers as the block did.
+
+    Args:
+        seed_states: The states of the `SeedGenerator`s that the block uses.
+    """
+    before = [ops.copy(state.value) for state in seed_states]
+    # Keras' unseeded Dropout draws from PyTorch's own generator.
+    with (
+        torch.random.fork_rng()
+        if NAME == "torch"
+        else (contextlib.nullcontext())
+    ):
+        yield
+    for state, value in zip(seed_states, before):
+        state.assign(value)
+
+
+def compile_inference(
+    function: Callable[..., Any], variables: Sequence[keras.Variable]
+) -> Callable[..., Any]:
+    """Compiles a function of tensors that reads `variables`.
+
+    Args:
+        function: Function of tensors; it assigns nothing.
+        variables: The variables that it reads. Their values at the time of a
+            call count, without recompilation.
+
+    Returns:
+        A function of the same arguments (arrays, numbers or tensors).
+    """
+    if NAME == "jax":
+
+        @jax.jit
+        def compiled(values, *args):
+            with keras.StatelessScope(state_mapping=zip(variables, values)):
+                return function(*args)
+
+        return lambda *args: compiled([v.value for v in variables], *args)
+    if NAME == "tensorflow":
+        graph = tf.function(function, jit_compile=True)
+        return lambda *args: graph(*map(ops.convert_to_tensor, args))
+
+    def eager(*args):
+        with torch.inference_mode():
+            return function(*map(ops.convert_to_tensor, args))
+
+    return eager

@@ -1,0 +1,40 @@
+"""The mathematics of the paper as pure `keras.ops` functions.
+
+Nothing here knows a model, a variable or a seed. Times are handed over as
+log-SNR values of shape `(batch,)`; images have shape `(batch, ...)`.
+"""
+
+from keras_mscm.functional.annealing import teacher_steps
+from keras_mscm.functional.consistency import consistency_target, segment_times
+from keras_mscm.functional.ddim import (
+    addim,
+    addim_x,
+    analytic_x_var,
+    ddim,
+    inverse_ddim,
+)
+from keras_mscm.functional.process import (
+    add_noise,
+    alpha,
+    posterior,
+    predict_epsilon,
+    predict_x,
+    sigma,
+)
+
+__all__ = [
+    "add_noise",
+    "addim",
+    "addim_x",
+    "alpha",
+    "analytic_x_var",
+    "consistency_target",
+    "ddim",
+    "inverse_ddim",
+    "posterior",
+    "predict_epsilon",
+    "predict_x",
+    "segment_times",
+    "sigma",
+    "teacher_steps",
+]

@@ -1,0 +1,513 @@
+"""What every training algorithm here shares."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mscm import backend
+from keras_mscm.functional import process
+from keras_mscm.functional.process import Tensor
+from keras_mscm.models import checks
+from keras_mscm.models.finite_loss import FiniteLoss
+from keras_mscm.samplers import Denoise
+from keras_mscm.schedules import CosineSchedule, NoiseSchedule
+
+Example = tuple[dict[str, Tensor], Tensor, Tensor]
+Sampler = Callable[[Denoise, Tensor, NoiseSchedule, Tensor], Tensor]
+
+
+def clone_network(network: keras.Layer, name: str) -> keras.Layer:
+    """A second network of the same configuration and weights, trainable."""
+    config = {**network.get_config(), "name": name, "trainable": True}
+    clone = type(network).from_config(config)
+    if not clone.built:
+        clone.build_from_config(network.get_build_config())
+    for theirs, ours in zip(network.weights, clone.weights, strict=True):
+        # A copy: JAX gives buffers away, and these two must not share one.
+        ours.assign(ops.copy(theirs.value))
+    return clone
+
+
+class DenoisingModel(keras.Model):
+    """A network that predicts clean images, and how it is trained and sampled.
+
+    A training algorithm is a subclass with one method, `training_example`: it
+    turns a batch of images into a supervised regression problem. Gradients,
+    loss, metrics, callbacks and distribution are Keras'.
+
+    The moving average of the weights (EMA) lives in a second network,
+    `ema_network`; `generate`, `evaluate` and `predict` use it.
+
+    Args:
+        network: Keras layer or model of `{"z", "logsnr"[, "labels"]}` (see
+            `UViT`) that returns a tensor of the shape of `z`.
+        schedule: Noise schedule; `CosineSchedule()` by default.
+        prediction_type: What the network predicts: `"v"`, `"x"` or
+            `"epsilon"`.
+        weighting: Function of log-SNR, `(batch,)`, that gives each example's
+            weight in the loss; None for the algorithm's own.
+        image_shape: Height, width and channels; `network.image_shape` by
+            default.
+        num_classes: Number of classes; `network.num_classes` by default, if it
+            has one.
+        ema_decay: Decay of the moving average per update, in [0, 1). Early on
+            `(1 + i) / (10 + i)` holds where it is smaller.
+        seed: Seed of times and noise. None draws one.
+        **kwargs: As for any Keras model.
+
+    Call arguments:
+        inputs: `{"z", "logsnr"[, "labels"]}`, as the network takes them.
+        training: Whether to run the trained network with its dropout, or the
+            moving average without.
+
+    Call returns:
+        Predicted `x`, float32, `(batch, height, width, channels)`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the network doesn't
+            return images.
+    """
+
+    default_weighting: ClassVar[Callable[[Tensor], Tensor]]
+
+    def __init__(
+        self,
+        network: keras.Layer,
+        schedule: NoiseSchedule | None = None,
+        *,
+        prediction_type: str = "v",
+        weighting: Callable[[Tensor], Tensor] | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        num_classes: int | None = None,
+        ema_decay: float = 0.9999,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        checks.check_choice(
+            "prediction_type", prediction_type, process.PREDICTION_TYPES
+        )
+        if not 0 <= ema_decay < 1:
+            raise ValueError(
+                "`ema_decay` must be in [0, 1). Received: "
+                f"ema_decay={ema_decay}"
+            )
+        image_shape = image_shape or getattr(network, "image_shape", None)
+        if image_shape is None or len(image_shape) != 3:
+            raise ValueError(
+                "`image_shape` must be (height, width, channels), where the "
+                f"network doesn't say. Received: image_shape={image_shape}"
+            )
+        # Images, times and losses are float32 whatever the network computes in;
+        # under mixed_float16 the policy still brings Keras' loss scaling.
+        kwargs.setdefault("dtype", network.dtype_policy)
+        super().__init__(autocast=False, **kwargs)
+
+        self.network = network
+        self.schedule = CosineSchedule() if schedule is None else schedule
+        self.prediction_type = prediction_type
+        self.weighting = weighting or type(self).default_weighting
+        self.image_shape = tuple(image_shape)
+        self.num_classes = num_classes or getattr(network, "num_classes", None)
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+        self._compiled_samplers: dict[Sampler, Callable] = {}
+
+        self._check_network()
+        self.ema_network = clone_network(network, f"{network.name}_ema")
+        self.ema_network.trainable = False
+        self.iteration = self.add_weight(
+            shape=(),
+            dtype="int32",
+            initializer="zeros",
+            trainable=False,
+            name="iteration",
+        )
+        self.built = True
+
+    def _check_network(self) -> None:
+        symbolic = {
+            "z": keras.KerasTensor((None, *self.image_shape), "float32"),
+            "logsnr": keras.KerasTensor((None,), "float32"),
+        }
+        if self.num_classes:
+            symbolic["labels"] = keras.KerasTensor((None,), "int32")
+        shape = tuple(self.network(symbolic).shape[1:])
+        if shape != self.image_shape:
+            raise ValueError(
+                "`network` must return images of the shape of `z`, "
+                f"{self.image_shape}. Received: a network that returns {shape}"
+            )
+
+    # Training: one step for every algorithm.
+
+    def training_example(
+        self, images: Tensor, labels: Tensor | None, training: bool
+    ) -> Example:
+        """Turns images into a supervised problem; what a subclass is about.
+
+        Runs before the gradient step, without gradient: whatever networks it
+        evaluates, the target is a plain tensor.
+
+        Args:
+            images: `(batch, height, width, channels)`, in [-1, 1].
+            labels: `(batch,)` integers, or None.
+            training: False in evaluation.
+
+        Returns:
+            Inputs of `call`; the target for `x`, of the shape of `images`; and
+            the weight of each example in the loss, `(batch,)`.
+        """
+        raise NotImplementedError
+
+    def default_loss(self) -> keras.losses.Loss:
+        """The loss that `compile` takes when none is given."""
+        raise NotImplementedError
+
+    def train_step(self, *args: Any) -> Any:
+        """One update: the example, Keras' own step on it, then the EMA."""
+        *state, data = args  # Keras on JAX: (state, data); else: (data,)
+        state = state and state[0]
+
+        def prepare():
+            return self._example(data, True), ops.copy(
+                self.optimizer.iterations
+            )
+
+        (example, before), state = backend.run_with_state(prepare, self, state)
+        if not state:
+            logs = super().train_step(example)
+            self._after_update(before)
+            return logs
+        logs, state = super().train_step(tuple(state), example)
+        _, state = backend.run_with_state(
+            lambda: self._after_update(before), self, state
+        )
+        return logs, tuple(state)
+
+    def test_step(self, *args: Any) -> Any:
+        """Keras' own step on an example made without dropout."""
+        *state, data = args
+        state = state and state[0]
+        example, state = backend.run_with_state(
+            lambda: self._example(data, False), self, state
+        )
+        if not state:
+            return super().test_step(example)
+        return super().test_step(tuple(state), example)
+
+    def _example(self, data: Any, training: bool) -> Example:
+        images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(
+            data
+        )
+        images = ops.cast(images, "float32")
+        if labels is not None:
+            labels = ops.cast(labels, "int32")
+        inputs, target, weight = self.training_example(images, labels, training)
+        if sample_weight is not None:
+            weight = weight * ops.cast(sample_weight, "float32")
+        return inputs, target, weight
+
+    def _after_update(self, before: Tensor) -> None:
+        # 0 for all but the last of the batches of a gradient accumulation.
+        updates = self.optimizer.iterations - before
+        i = ops.cast(self.iteration, "float32")
+        decay = ops.minimum(self.ema_decay, (1.0 + i) / (10.0 + i))
+        rate = (1.0 - decay) * ops.cast(updates, "float32")
+        for average, weight in zip(
+            self.ema_network.weights, self.network.weights, strict=True
+        ):
+            if not weight.trainable:  # counters, statistics
+                average.assign(ops.copy(weight.value))
+                continue
+            difference = weight.value - average.value
+            # A diverged weight must not reach the average (see `FiniteLoss`).
+            difference = ops.where(ops.isfinite(difference), difference, 0.0)
+            average.assign_add(ops.cast(rate, average.dtype) * difference)
+        self.iteration.assign_add(ops.cast(updates, "int32"))
+
+    # Prediction and sampling.
+
+    def denoise(
+        self,
+        network: keras.Layer,
+        z: Tensor,
+        logsnr: Tensor,
+        labels: Tensor | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """Predicts `x` from noisy images, in float32.
+
+        Args:
+            network: `self.network` or `self.ema_network`.
+            z: Noisy images, `(batch, height, width, channels)`.
+            logsnr: Their log-SNR, `(batch,)`.
+            labels: `(batch,)` integers, with a network that has classes.
+            training: Whether dropout is on.
+
+        Returns:
+            Predicted images, of the shape of `z`.
+        """
+        inputs = {"z": z, "logsnr": logsnr}
+        if self.num_classes:
+            inputs["labels"] = labels
+        output = ops.cast(network(inputs, training=training), "float32")
+        return process.predict_x(output, z, logsnr, self.prediction_type)
+
+    def call(
+        self, inputs: dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
+        network = self.network if training else self.ema_network
+        return self.denoise(network, **inputs, training=bool(training))
+
+    def _generate(
+        self,
+        sampler: Sampler,
+        num_steps: int,
+        num_images: int | None,
+        labels: Any,
+        noise: Any,
+        seed: int | None,
+        batch_size: int | None,
+    ) -> np.ndarray:
+        """`generate` with any sampler, in batches of one compiled shape."""
+        checks.check_positive_integer("num_steps", num_steps)
+        noise, labels = self._sampling_inputs(num_images, labels, noise, seed)
+        num_images = len(labels)
+        if batch_size is None:
+            batch_size = min(num_images, 128)
+        checks.check_positive_integer("batch_size", batch_size)
+
+        if sampler not in self._compiled_samplers:
+
+            def run(noise, labels, num_steps):
+                def denoise(z, logsnr):
+                    return self.denoise(self.ema_network, z, logsnr, labels)
+
+                return sampler(denoise, noise, self.schedule, num_steps)
+
+            self._compiled_samplers[sampler] = backend.compile_inference(
+                run, self.ema_network.variables
+            )
+        run = self._compiled_samplers[sampler]
+
+        batches = []
+        steps = np.int32(num_steps)
+        for begin in range(0, num_images, batch_size):
+            # Wrap around, so that the last batch has the compiled shape too.
+            places = np.arange(begin, begin + batch_size) % num_images
+            images = run(ops.take(noise, places, axis=0), labels[places], steps)
+            batches.append(ops.convert_to_numpy(images))
+        return np.clip(np.concatenate(batches)[:num_images], -1.0, 1.0)
+
+    def _sampling_inputs(self, num_images, labels, noise, seed):
+        """Noise and labels for `num_images`, from whatever was given."""
+        counts = {}
+        if num_images is not None:
+            checks.check_positive_integer("num_images", num_images)
+            counts["num_images"] = int(num_images)
+        if labels is not None:
+            labels = np.asarray(ops.convert_to_numpy(labels))
+            checks.check_labels("labels", labels, self.num_classes)
+            counts["labels"] = len(labels)
+        if noise is not None:
+            noise = ops.convert_to_tensor(noise, "float32")
+            if tuple(noise.shape[1:]) != self.image_shape:
+                raise ValueError(
+                    "`noise` must be of shape (num_images, height, width, "
+                    f"channels) = (num_images, {str(self.image_shape)[1:]}. "
+                    f"Received: shape {tuple(noise.shape)}"
+                )
+            counts["noise"] = noise.shape[0]
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                "`num_images`, `labels` and `noise` must agree in number. "
+                f"Received: {counts}"
+            )
+        count = next(iter(counts.values()), self.num_classes or 1)
+        if labels is None:
+            labels = np.arange(count) % (self.num_classes or 1)
+        if noise is None:
+            noise = keras.random.normal((count, *self.image_shape), seed=seed)
+        return noise, labels.astype("int32")
+
+    # What Keras is told, and what is checked before it starts.
+
+    def compile(
+        self,
+        optimizer: Any = "adam",
+        loss: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training, as `keras.Model.compile`.
+
+        Args:
+            optimizer: Keras optimizer, or its name.
+            loss: Loss that gives one value per example (see
+                `keras_mscm.losses`); the algorithm's own by default.
+            **kwargs: As for `keras.Model.compile`.
+
+        Raises:
+            ValueError: If the loss is unknown, or not one value per example.
+        """
+        try:
+            loss = keras.losses.get(loss) or self.default_loss()
+        except ValueError as error:
+            raise ValueError(
+                "`loss` must be a loss of `keras_mscm.losses` or another "
+                f"`keras.losses.Loss`. Received: loss={loss!r}"
+            ) from error
+        images = ops.zeros((2, *self.image_shape))
+        per_example = getattr(loss, "call", loss)(images, images)
+        if tuple(per_example.shape) != (2,):
+            raise ValueError(
+                "`loss` must give one value per example, shape (batch,), as "
+                "the weights over time do; see `keras_mscm.losses`. Received: "
+                f"{loss}, which gives {tuple(per_example.shape)} for a batch "
+                "of 2"
+            )
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        # Built here, as Keras would do it by calling the model on raw images.
+        self.optimizer.build(self.trainable_variables)
+        weight = ops.ones((2,))
+        self.compute_loss(None, images, images, weight)
+        self.compute_metrics(None, images, images, weight)
+        self.reset_metrics()
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model as it was saved."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def _check_ready(self) -> None:
+        """Raises if the model can't be trained or evaluated yet."""
+        if not self.compiled:
+            raise ValueError(
+                "The model must be compiled before `fit` or `evaluate`: call "
+                "`model.compile(optimizer=...)`. Received: a model that is not"
+            )
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        *args: Any,
+        callbacks: Any = None,
+        validation_data: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Trains the model, as `keras.Model.fit`.
+
+        Args:
+            x: Images `(num, height, width, channels)`, floats in [-1, 1]; or
+                a `tf.data.Dataset`, `PyDataset`, `DataLoader` or generator of
+                `images` or `(images, labels)`.
+            y: Labels, where `x` is an array: integers, `(num,)`.
+            *args: As for `keras.Model.fit`.
+            callbacks: As for `keras.Model.fit`.
+            validation_data: As for `keras.Model.fit`: `images`, `(images,
+                labels)` or a stream of either.
+            **kwargs: As for `keras.Model.fit`.
+
+        Returns:
+            Keras' `History`.
+
+        Raises:
+            ValueError: If the data (arrays; of a stream the first batch) are
+                not of this model, or the model isn't ready to be trained.
+                Nothing has been compiled by then.
+            FloatingPointError: If the loss is no longer finite. The weights
+                are then the moving average's last finite ones.
+        """
+        self._check_ready()
+        x = self._checked("x", x, y)
+        if isinstance(validation_data, (list, tuple)):
+            self._checked("validation_data", *validation_data[:2])
+        elif validation_data is not None:
+            validation_data = self._checked("validation_data", validation_data)
+        finite_loss = FiniteLoss()
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(finite_loss)
+        else:
+            callbacks = [finite_loss, *_as_list(callbacks)]
+        history = super().fit(
+            x,
+            y,
+            *args,
+            callbacks=callbacks,
+            validation_data=validation_data,
+            **kwargs,
+        )
+        finite_loss.raise_if_diverged()
+        return history
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any):
+        """Evaluates the loss, as `keras.Model.evaluate`; data as for `fit`."""
+        self._check_ready()
+        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked it
+            x = self._checked("x", x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def _checked(self, name: str, x: Any, y: Any = None) -> Any:
+        return checks.check_data(name, x, y, self.image_shape, self.num_classes)
+
+    # Saving. Keras leaves random states out; with them, training resumes
+    # exactly.
+
+    def _seed_states(self, layer: keras.Layer) -> list[keras.Variable]:
+        weights = {id(weight) for weight in layer.weights}
+        return [v for v in layer.variables if id(v) not in weights]
+
+    def _own_seed_states(self) -> list[keras.Variable]:
+        return [self.seed_generator.state, *self._seed_states(self.network)]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Stores the model's own weights and every random state."""
+        super().save_own_variables(store)
+        for i, state in enumerate(self._own_seed_states()):
+            store[f"seed_{i}"] = ops.convert_to_numpy(state)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Restores what `save_own_variables` stored."""
+        stored = {name: store[name] for name in store.keys()}
+        for i, state in enumerate(self._own_seed_states()):
+            if f"seed_{i}" in stored:
+                state.assign(np.asarray(stored.pop(f"seed_{i}")))
+        super().load_own_variables(stored)
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "network": serialize(self.network),
+            "schedule": serialize(self.schedule),
+            "prediction_type": self.prediction_type,
+            "weighting": serialize(self.weighting),
+            "image_shape": self.image_shape,
+            "num_classes": self.num_classes,
+            "ema_decay": self.ema_decay,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Self:
+        """The inverse of `get_config`."""
+        nested = {
+            name: keras.saving.deserialize_keras_object(
+                config[name], custom_objects=custom_objects
+            )
+            for name in ("network", "schedule", "weighting")
+        }
+        return cls(**{**config, **nested})
+
+
+def _as_list(callbacks: Any) -> list:
+    if callbacks is None:
+        return []
+    return (
+        list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+    )

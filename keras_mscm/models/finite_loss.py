@@ -1,0 +1,57 @@
+"""Stops training when the loss is no longer a number."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class FiniteLoss(keras.callbacks.Callback):
+    """Stops a `fit` whose loss is NaN or infinite; keeps the last good weights.
+
+    The weights that made such a loss are gone with its update. What is left is
+    their moving average, which takes no value that is not finite: the trained
+    network gets it back, before any other callback can save the bad one.
+    """
+
+    # Keras may then call it from a thread, and need not wait for each step.
+    async_safe = True
+
+    def __init__(self):
+        super().__init__()
+        self.diverged: str | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.diverged = None
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if self.diverged is None and not math.isfinite(loss):
+            self.diverged = f"batch {batch}, loss {loss}"
+            # Not `self.model`, which on JAX moves state between steps.
+            self._model.stop_training = True
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.diverged is None:
+            return
+        model = self.model
+        self.diverged = f"epoch {epoch + 1}, {self.diverged}"
+        for average, weight in zip(
+            model.ema_network.weights, model.network.weights
+        ):
+            weight.assign(ops.copy(average.value))
+        for state in model.optimizer.variables:
+            if "float" in state.dtype:
+                finite = ops.isfinite(state.value)
+                state.assign(ops.where(finite, state.value, 0.0))
+
+    def raise_if_diverged(self) -> None:
+        """Raises `FloatingPointError` if training was stopped."""
+        if self.diverged is not None:
+            raise FloatingPointError(
+                "Training stopped: the loss is no longer finite "
+                f"({self.diverged}). The weights are the last finite ones of "
+                "their moving average. Look for images that are not finite, "
+                "or lower the learning rate."
+            )

@@ -1,0 +1,247 @@
+"""The blocks of a UViT (Hoogeboom et al., 2023, appendix B)."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_mscm.functional.process import Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class NoiseLevelEmbedding(keras.layers.Layer):
+    """Embeds a log-SNR: sinusoids of its angle, then a small MLP.
+
+    The angle `2 / pi atan(exp(-logsnr / 2))` lies in (0, 1) and is the time of
+    the plain cosine schedule, whatever schedule made the noise.
+
+    Args:
+        width: Length of the embedding, even and at least 4.
+        **kwargs: As for any Keras layer.
+
+    Call arguments:
+        logsnr: Log-SNR, `(batch,)`.
+
+    Call returns:
+        Embedding, `(batch, width)`.
+    """
+
+    def __init__(self, width: int, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.width = width
+        self.hidden = keras.layers.Dense(
+            width, activation="swish", dtype=self.dtype_policy, name="hidden"
+        )
+        self.projection = keras.layers.Dense(
+            width, dtype=self.dtype_policy, name="projection"
+        )
+
+    def build(self, input_shape: tuple) -> None:
+        self.hidden.build((None, self.width))
+        self.projection.build((None, self.width))
+
+    def call(self, logsnr: Tensor) -> Tensor:
+        # In float32 whatever the policy: half precision has no room for the
+        # phase of the fast sinusoids.
+        logsnr = ops.cast(logsnr, "float32")
+        time = ops.arctan(ops.exp(-logsnr / 2)) * (2 / math.pi)
+        half = self.width // 2
+        # Wavelengths from 2 pi to 2 pi / 1000 of the whole time interval.
+        rates = 1000.0 ** (ops.arange(half, dtype="float32") / (half - 1))
+        phase = time[:, None] * rates[None]
+        waves = ops.concatenate([ops.sin(phase), ops.cos(phase)], axis=-1)
+        return self.projection(self.hidden(waves))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "width": self.width}
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class ResNetBlock(keras.layers.Layer):
+    """Two 3x3 convolutions, scaled and shifted by the conditioning.
+
+    Args:
+        dropout: Dropout rate before the second convolution, in [0, 1).
+        seed: Seed of the dropout.
+        **kwargs: As for any Keras layer.
+
+    Call arguments:
+        inputs: Feature maps, `(batch, height, width, channels)`, and the
+            embedding, `(batch, embedding_width)`.
+        training: Whether dropout is on.
+
+    Call returns:
+        Feature maps of the same shape.
+    """
+
+    def __init__(
+        self, dropout: float = 0.0, seed: int | None = None, **kwargs: Any
+    ):
+        super().__init__(**kwargs)
+        self.dropout_rate, self.seed = dropout, seed
+
+    def build(self, input_shape: tuple) -> None:
+        maps, embedding = input_shape
+        width, policy = maps[-1], self.dtype_policy
+
+        def conv(name, **kw):
+            return keras.layers.Conv2D(
+                width,
+                3,
+                padding="same",
+                data_format="channels_last",
+                dtype=policy,
+                name=name,
+                **kw,
+            )
+
+        def norm(name):
+            return keras.layers.GroupNormalization(
+                math.gcd(32, width), axis=-1, dtype=policy, name=name
+            )
+
+        self.norm_1, self.norm_2 = norm("norm_1"), norm("norm_2")
+        self.conv_1 = conv("conv_1")
+        self.conv_2 = conv("conv_2", kernel_initializer="zeros")
+        self.modulation = keras.layers.Dense(
+            2 * width, dtype=policy, name="modulation"
+        )
+        self.dropout = keras.layers.Dropout(
+            self.dropout_rate, seed=self.seed, dtype=policy, name="dropout"
+        )
+        for layer in (self.norm_1, self.conv_1, self.norm_2, self.dropout):
+            layer.build(maps)
+        self.conv_2.build(maps)
+        self.modulation.build(embedding)
+
+    def call(self, inputs: tuple[Tensor, Tensor], training=None) -> Tensor:
+        x, embedding = inputs
+        h = self.conv_1(ops.silu(self.norm_1(x)))
+        modulation = self.modulation(ops.silu(embedding))[:, None, None]
+        scale, shift = ops.split(modulation, 2, axis=-1)
+        h = ops.silu(self.norm_2(h) * (1 + scale) + shift)
+        return x + self.conv_2(self.dropout(h, training=training))
+
+    def get_config(self) -> dict[str, Any]:
+        config = {"dropout": self.dropout_rate, "seed": self.seed}
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class TransformerBlock(keras.layers.Layer):
+    """Self-attention, then an MLP whose hidden layer is scaled and shifted.
+
+    Queries and keys are normalised per head (Dehghani et al., 2023).
+
+    Args:
+        head_width: Width of an attention head; must divide the channels.
+        mlp_ratio: Width of the hidden layer over the channels.
+        dropout: Dropout rate on the hidden layer, in [0, 1).
+        seed: Seed of the dropout.
+        **kwargs: As for any Keras layer.
+
+    Call arguments:
+        inputs: Feature maps, `(batch, height, width, channels)`, and the
+            embedding, `(batch, embedding_width)`. Each place is a token.
+        training: Whether dropout is on.
+
+    Call returns:
+        Feature maps of the same shape.
+    """
+
+    def __init__(
+        self,
+        head_width: int = 64,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.head_width, self.mlp_ratio = head_width, mlp_ratio
+        self.dropout_rate, self.seed = dropout, seed
+
+    def build(self, input_shape: tuple) -> None:
+        maps, embedding = input_shape
+        width, policy = maps[-1], self.dtype_policy
+        hidden = self.mlp_ratio * width
+        self.num_heads = width // self.head_width
+
+        def dense(units, name, **kw):
+            return keras.layers.Dense(units, dtype=policy, name=name, **kw)
+
+        def norm(name):
+            return keras.layers.RMSNormalization(dtype=policy, name=name)
+
+        self.norm_1, self.norm_2 = norm("norm_1"), norm("norm_2")
+        self.norm_query, self.norm_key = norm("norm_query"), norm("norm_key")
+        self.query_key_value = dense(3 * width, "query_key_value")
+        self.attention_output = dense(
+            width, "attention_output", kernel_initializer="zeros"
+        )
+        self.mlp_hidden = dense(hidden, "mlp_hidden")
+        self.modulation = dense(2 * hidden, "modulation")
+        self.mlp_output = dense(width, "mlp_output", kernel_initializer="zeros")
+        self.dropout = keras.layers.Dropout(
+            self.dropout_rate, seed=self.seed, dtype=policy, name="dropout"
+        )
+
+        for layer in (
+            self.norm_1,
+            self.query_key_value,
+            self.attention_output,
+            self.norm_2,
+            self.mlp_hidden,
+        ):
+            layer.build(maps)
+        self.norm_query.build((None, None, self.num_heads, self.head_width))
+        self.norm_key.build((None, None, self.num_heads, self.head_width))
+        self.modulation.build(embedding)
+        self.dropout.build((*maps[:-1], hidden))
+        self.mlp_output.build((*maps[:-1], hidden))
+
+    def _attention(self, maps: Tensor) -> Tensor:
+        _, height, width, channels = maps.shape
+        heads = (-1, height * width, self.num_heads, self.head_width)
+        query, key, value = (
+            ops.reshape(part, heads)
+            for part in ops.split(self.query_key_value(maps), 3, axis=-1)
+        )
+        query, key = self.norm_query(query), self.norm_key(key)
+        attended = ops.dot_product_attention(query, key, value)
+        attended = ops.reshape(attended, (-1, height, width, channels))
+        return self.attention_output(attended)
+
+    def call(self, inputs: tuple[Tensor, Tensor], training=None) -> Tensor:
+        x, embedding = inputs
+        x = x + self._attention(self.norm_1(x))
+        h = ops.silu(self.mlp_hidden(self.norm_2(x)))
+        modulation = self.modulation(ops.silu(embedding))[:, None, None]
+        scale, shift = ops.split(modulation, 2, axis=-1)
+        h = self.dropout(h * (1 + scale) + shift, training=training)
+        return x + self.mlp_output(h)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "head_width": self.head_width,
+            "mlp_ratio": self.mlp_ratio,
+            "dropout": self.dropout_rate,
+            "seed": self.seed,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class PositionEmbedding(keras.layers.Layer):
+    """Adds a learned vector to each place of `(batch, height, width, c)`."""
+
+    def build(self, input_shape: tuple) -> None:
+        self.position = self.add_weight(
+            shape=input_shape[1:],
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+            name="position",
+        )
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return inputs + self.position
