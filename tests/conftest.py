@@ -1,0 +1,41 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_mscm import UViT
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def tiny_uvit():
+    """A factory of UViTs of one transformer block on 8x8 images.
+
+    A new UViT is zero everywhere. With `random_output`, its zero-initialised
+    kernels are filled with (always the same) random numbers.
+    """
+
+    def make(*, random_output=True, **overrides):
+        config = dict(
+            image_shape=(8, 8, 1),
+            widths=(32,),
+            depths=(1,),
+            attention=True,
+            head_width=16,
+            embedding_width=32,
+            seed=1,
+        )
+        network = UViT(**{**config, **overrides})
+        if random_output:
+            rng = np.random.default_rng(1)
+            for weight in network.trainable_variables:
+                zero = not np.any(keras.ops.convert_to_numpy(weight))
+                if zero and weight.name == "kernel":
+                    scale = np.prod(weight.shape[:-1]) ** -0.5
+                    weight.assign(scale * rng.standard_normal(weight.shape))
+        return network
+
+    return make
