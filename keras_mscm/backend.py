@@ -62,6 +62,30 @@ def run_with_state(
 
 
 @contextlib.contextmanager
+def values_kept(model: keras.Model) -> Iterator[None]:
+    """Runs Keras' `fit`, `evaluate` or `predict` without losing weights.
+
+    On JAX these take the values out of the variables before the first step,
+    and don't put them back if that step fails (to compile, say).
+
+    Args:
+        model: Model whose variables they are.
+    """
+    variables = []
+    if NAME == "jax":
+        variables = [*model.variables, *model.metrics_variables]
+        variables += model.optimizer.variables if model.compiled else []
+    before = [(variable, variable.value) for variable in variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in before:
+            if variable._value is None and not value.is_deleted():
+                variable.assign(value)
+        raise
+
+
+@contextlib.contextmanager
 def rewound(seed_states: Sequence[keras.Variable]) -> Iterator[None]:
     """Runs a block, then puts the random states back to what they were.
 

@@ -1,5 +1,6 @@
 """What every training algorithm here shares."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -19,13 +20,22 @@ Example = tuple[dict[str, Tensor], Tensor, Tensor]
 Sampler = Callable[[Denoise, Tensor, NoiseSchedule, Tensor], Tensor]
 
 
-def clone_network(network: keras.Layer, name: str) -> keras.Layer:
-    """A second network of the same configuration and weights, trainable."""
+def clone_network(
+    network: keras.Layer, name: str, values: keras.Layer | None = None
+) -> keras.Layer:
+    """A second network of the same configuration.
+
+    Its weights are those of `values` (by default `network`). What is trainable
+    in `network` is in the clone; all of it, if `network` as a whole is frozen.
+    """
     config = {**network.get_config(), "name": name, "trainable": True}
     clone = type(network).from_config(config)
     if not clone.built:
         clone.build_from_config(network.get_build_config())
-    for theirs, ours in zip(network.weights, clone.weights, strict=True):
+    if not network.trainable:
+        clone.trainable = True  # and so the layers within
+    values = network if values is None else values
+    for theirs, ours in zip(values.weights, clone.weights, strict=True):
         # A copy: JAX gives buffers away, and these two must not share one.
         ours.assign(ops.copy(theirs.value))
     return clone
@@ -89,10 +99,12 @@ class DenoisingModel(keras.Model):
         checks.check_choice(
             "prediction_type", prediction_type, process.PREDICTION_TYPES
         )
-        if not 0 <= ema_decay < 1:
+        below_1 = math.nextafter(1, 0)
+        checks.check_number("ema_decay", ema_decay, 0, "in [0, 1)", below_1)
+        if weighting is not None and not callable(weighting):
             raise ValueError(
-                "`ema_decay` must be in [0, 1). Received: "
-                f"ema_decay={ema_decay}"
+                "`weighting` must be a function of log-SNR, as those of "
+                f"`keras_mscm.losses`. Received: weighting={weighting!r}"
             )
         image_shape = image_shape or getattr(network, "image_shape", None)
         if image_shape is None or len(image_shape) != 3:
@@ -220,13 +232,13 @@ class DenoisingModel(keras.Model):
         for average, weight in zip(
             self.ema_network.weights, self.network.weights, strict=True
         ):
-            if not weight.trainable:  # counters, statistics
-                average.assign(ops.copy(weight.value))
-                continue
-            difference = weight.value - average.value
+            value = weight.value
+            if weight.trainable:  # else counters, statistics
+                step = ops.cast(rate, value.dtype) * (value - average.value)
+                value = average.value + step
             # A diverged weight must not reach the average (see `FiniteLoss`).
-            difference = ops.where(ops.isfinite(difference), difference, 0.0)
-            average.assign_add(ops.cast(rate, average.dtype) * difference)
+            finite = ops.isfinite(value)
+            average.assign(ops.where(finite, value, average.value))
         self.iteration.assign_add(ops.cast(updates, "int32"))
 
     # Prediction and sampling.
@@ -260,6 +272,14 @@ class DenoisingModel(keras.Model):
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
+        names = (
+            ["labels", "logsnr", "z"] if self.num_classes else ["logsnr", "z"]
+        )
+        if not isinstance(inputs, dict) or sorted(inputs) != names:
+            came = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
+            raise ValueError(
+                f"`inputs` must be a dictionary of {names}. Received: {came}"
+            )
         network = self.network if training else self.ema_network
         return self.denoise(network, **inputs, training=bool(training))
 
@@ -275,6 +295,12 @@ class DenoisingModel(keras.Model):
     ) -> np.ndarray:
         """`generate` with any sampler, in batches of one compiled shape."""
         checks.check_positive_integer("num_steps", num_steps)
+        if not callable(sampler):
+            raise ValueError(
+                "`sampler` must be a function of (denoise, noise, schedule, "
+                "num_steps), as those of `keras_mscm.samplers`. Received: "
+                f"sampler={sampler!r}"
+            )
         noise, labels = self._sampling_inputs(num_images, labels, noise, seed)
         num_images = len(labels)
         if batch_size is None:
@@ -321,6 +347,10 @@ class DenoisingModel(keras.Model):
                     f"channels) = (num_images, {str(self.image_shape)[1:]}. "
                     f"Received: shape {tuple(noise.shape)}"
                 )
+            if 0 in noise.shape:
+                raise ValueError(
+                    f"`noise` has no images. Received: shape {noise.shape}"
+                )
             counts["noise"] = noise.shape[0]
         if len(set(counts.values())) > 1:
             raise ValueError(
@@ -360,6 +390,11 @@ class DenoisingModel(keras.Model):
                 "`loss` must be a loss of `keras_mscm.losses` or another "
                 f"`keras.losses.Loss`. Received: loss={loss!r}"
             ) from error
+        if getattr(loss, "reduction", "sum") in (None, "none"):
+            raise ValueError(
+                "`loss` must have a reduction, such as 'sum_over_batch_size'. "
+                f"Received: {loss} with reduction={loss.reduction!r}"
+            )
         images = ops.zeros((2, *self.image_shape))
         per_example = getattr(loss, "call", loss)(images, images)
         if tuple(per_example.shape) != (2,):
@@ -422,24 +457,27 @@ class DenoisingModel(keras.Model):
                 are then the moving average's last finite ones.
         """
         self._check_ready()
-        x = self._checked("x", x, y)
+        x = self._checked("x", x, y, kwargs.get("sample_weight"))
         if isinstance(validation_data, (list, tuple)):
-            self._checked("validation_data", *validation_data[:2])
+            if not 1 <= len(validation_data) <= 3:
+                raise ValueError(
+                    "`validation_data` must be images, (images, labels), "
+                    "(images, labels, sample_weight) or a stream of these. "
+                    f"Received: {len(validation_data)} parts"
+                )
+            self._checked("validation_data", *validation_data)
         elif validation_data is not None:
             validation_data = self._checked("validation_data", validation_data)
         finite_loss = FiniteLoss()
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(finite_loss)
-        else:
-            callbacks = [finite_loss, *_as_list(callbacks)]
-        history = super().fit(
-            x,
-            y,
-            *args,
-            callbacks=callbacks,
-            validation_data=validation_data,
-            **kwargs,
-        )
+        with backend.values_kept(self):
+            history = super().fit(
+                x,
+                y,
+                *args,
+                callbacks=[finite_loss, *_as_list(callbacks)],
+                validation_data=validation_data,
+                **kwargs,
+            )
         finite_loss.raise_if_diverged()
         return history
 
@@ -447,11 +485,31 @@ class DenoisingModel(keras.Model):
         """Evaluates the loss, as `keras.Model.evaluate`; data as for `fit`."""
         self._check_ready()
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked it
-            x = self._checked("x", x, y)
-        return super().evaluate(x, y, *args, **kwargs)
+            x = self._checked("x", x, y, kwargs.get("sample_weight"))
+        with backend.values_kept(self):
+            return super().evaluate(x, y, *args, **kwargs)
 
-    def _checked(self, name: str, x: Any, y: Any = None) -> Any:
-        return checks.check_data(name, x, y, self.image_shape, self.num_classes)
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predicts `x`, as `keras.Model.predict`; inputs as for `call`."""
+        with backend.values_kept(self):
+            return super().predict(x, *args, **kwargs)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """As Keras', for a model that is ready."""
+        self._check_ready()
+        return super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """As Keras', for a model that is ready."""
+        self._check_ready()
+        return super().make_test_function(force)
+
+    def _checked(
+        self, name: str, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> Any:
+        return checks.check_data(
+            name, x, y, sample_weight, self.image_shape, self.num_classes
+        )
 
     # Saving. Keras leaves random states out; with them, training resumes
     # exactly.
@@ -508,6 +566,8 @@ class DenoisingModel(keras.Model):
 def _as_list(callbacks: Any) -> list:
     if callbacks is None:
         return []
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks.callbacks
     return (
         list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
     )

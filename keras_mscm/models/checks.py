@@ -1,5 +1,6 @@
 """Checks of data and arguments; each raises a `ValueError` that says it all."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,30 @@ def check_positive_integer(name: str, value: Any) -> None:
     if value < 1:
         raise ValueError(
             f"`{name}` must be at least 1. Received: {name}={value}"
+        )
+
+
+def check_number(
+    name: str, value: Any, low: float, allowed: str, high: float = math.inf
+) -> None:
+    """Raises unless `value` is a finite number in [low, high].
+
+    Args:
+        name: The argument's name.
+        value: What came.
+        low: The smallest number allowed.
+        allowed: What to say is allowed.
+        high: The largest number allowed.
+    """
+    numbers = (int, float, np.integer, np.floating)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        raise ValueError(
+            f"`{name}` must be {allowed}. Received: {name}={value!r}"
         )
 
 
@@ -75,11 +100,11 @@ def check_labels(name: str, labels: Any, num_classes: int | None) -> None:
             f"{num_classes}. Received: None. Give batches as (images, labels), "
             f"labels integers 0..{num_classes - 1}"
         )
-    dtype = keras.backend.standardize_dtype(labels.dtype)
-    if len(labels.shape) != 1 or "int" not in dtype:
+    integers = hasattr(labels, "dtype") and "int" in str(labels.dtype)
+    if not integers or len(labels.shape) != 1 or 0 in labels.shape:
         raise ValueError(
-            f"`{name}` must be integers of shape (batch,). Received: "
-            f"{_describe(labels)}"
+            f"`{name}` must be an array of integers of shape (batch,). "
+            f"Received: {_describe(labels)}"
         )
     labels = ops.convert_to_numpy(labels)
     low, high = int(labels.min()), int(labels.max())
@@ -93,18 +118,35 @@ def check_labels(name: str, labels: Any, num_classes: int | None) -> None:
 def _describe(array: Any) -> str:
     if hasattr(array, "shape"):
         return f"shape {tuple(array.shape)}, dtype {array.dtype}"
-    return repr(array)
+    return type(array).__name__
+
+
+def check_sample_weight(name: str, weight: Any, num: int) -> None:
+    """Raises unless `weight`, if there is one, is a number per image."""
+    if weight is None:
+        return
+    if tuple(getattr(weight, "shape", ())) != (num,):
+        raise ValueError(
+            f"`{name}` must be an array of one weight per image, shape "
+            f"({num},). Received: {_describe(weight)}"
+        )
+    if not np.all(np.isfinite(ops.convert_to_numpy(weight))):
+        raise ValueError(
+            f"`{name}` must be finite. Received: NaN or infinite weights"
+        )
 
 
 def check_batch(
     name: str, batch: Any, image_shape: tuple[int, ...], num_classes: int | None
 ) -> None:
     """Raises unless a batch is `images` or `(images, labels)`, both good."""
-    images, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
-    if not hasattr(images, "shape"):
+    batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+    images, labels, sample_weight = (*batch, None, None, None)[:3]
+    if not hasattr(images, "shape") or len(batch) > 3:
         raise ValueError(
-            f"`{name}` must yield `images` or `(images, labels)`. Received: "
-            f"{type(images).__name__}"
+            f"`{name}` must be or yield `images`, `(images, labels)` or "
+            "`(images, labels, sample_weight)`, all arrays. Received: "
+            f"({', '.join(map(_describe, batch))})"
         )
     check_images(f"{name} (images)", images, image_shape)
     check_labels(f"{name} (labels)", labels, num_classes)
@@ -113,6 +155,9 @@ def check_batch(
             f"`{name}` must have one label per image. Received: "
             f"{images.shape[0]} images, {labels.shape[0]} labels"
         )
+    check_sample_weight(
+        f"{name} (sample_weight)", sample_weight, images.shape[0]
+    )
 
 
 def _prepend(first: Any, rest: Iterator) -> Iterator:
@@ -124,6 +169,7 @@ def check_data(
     name: str,
     x: Any,
     y: Any,
+    sample_weight: Any,
     image_shape: tuple[int, ...],
     num_classes: int | None,
 ) -> Any:
@@ -134,31 +180,35 @@ def check_data(
         x: Arrays, or a `tf.data.Dataset`, `keras.utils.PyDataset`, PyTorch
             `DataLoader`, or generator of batches.
         y: Labels, with arrays.
+        sample_weight: Weights, with arrays and labels.
         image_shape: Height, width and channels.
         num_classes: Number of classes, or None.
 
     Returns:
         `x`; for a generator, one that still begins with its first batch.
     """
-    if x is None:
-        raise ValueError(f"`{name}` must be given. Received: {name}=None")
     if isinstance(x, keras.utils.PyDataset):
-        batch = x[0]
+        batch = None if x.num_batches == 0 else x[0]
     elif isinstance(x, Iterator):
         batch = next(x, None)
         if batch is not None:
             x = _prepend(batch, x)
     elif hasattr(x, "shape"):
-        batch = (x, y)
-    elif hasattr(x, "__iter__"):
+        if y is None and sample_weight is not None:
+            raise ValueError(
+                f"`{name} (sample_weight)` must come with labels: without, "
+                "Keras leaves it out. Received: labels None"
+            )
+        batch = (x, y, sample_weight)
+    elif hasattr(x, "__iter__") and not isinstance(x, (list, tuple, dict, str)):
         batch = next(iter(x), None)
     else:
         raise ValueError(
-            f"`{name}` must be arrays, a tf.data.Dataset, a PyDataset, a "
-            f"DataLoader or a generator. Received: {type(x).__name__}"
+            f"`{name}` must be an array of images, a tf.data.Dataset, a "
+            "PyDataset, a DataLoader or a generator. Received: "
+            f"{_describe(x)}"
         )
     if batch is None:
         raise ValueError(f"`{name}` is empty. Received: no batch")
-    batch = tuple(batch) if isinstance(batch, list) else batch
     check_batch(name, batch, image_shape, num_classes)
     return x

@@ -1,6 +1,7 @@
 """Stops training when the loss is no longer a number."""
 
 import math
+import threading
 from typing import Any
 
 import keras
@@ -23,7 +24,7 @@ class FiniteLoss(keras.callbacks.Callback):
         self.diverged: str | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.diverged = None
+        self.diverged, self._thread = None, threading.get_ident()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         loss = (logs or {}).get("loss", 0.0)
@@ -31,12 +32,18 @@ class FiniteLoss(keras.callbacks.Callback):
             self.diverged = f"batch {batch}, loss {loss}"
             # Not `self.model`, which on JAX moves state between steps.
             self._model.stop_training = True
+            # A callback that saves at batches has Keras call all of them here
+            # and now, from the thread of the training.
+            if threading.get_ident() == self._thread:
+                self._restore()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.diverged is None:
-            return
+        if self.diverged is not None:
+            self.diverged = f"epoch {epoch + 1}, {self.diverged}"
+            self._restore()
+
+    def _restore(self) -> None:
         model = self.model
-        self.diverged = f"epoch {epoch + 1}, {self.diverged}"
         for average, weight in zip(
             model.ema_network.weights, model.network.weights
         ):

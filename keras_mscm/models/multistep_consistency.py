@@ -75,8 +75,7 @@ class MultistepConsistencyModel(DenoisingModel):
     ):
         checks.check_positive_integer("student_steps", student_steps)
         checks.check_choice("method", method, METHODS)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` must be in [0, 1]. Received: eta={eta}")
+        checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
         self._check_teacher_steps(teacher_steps, student_steps)
         super().__init__(network, schedule, **kwargs)
         self.student_steps, self.method, self.eta = student_steps, method, eta
@@ -120,7 +119,9 @@ class MultistepConsistencyModel(DenoisingModel):
                 f"{type(teacher).__name__}"
             )
         student = cls(
-            clone_network(teacher.ema_network, teacher.network.name),
+            clone_network(
+                teacher.network, teacher.network.name, teacher.ema_network
+            ),
             teacher.schedule,
             student_steps=student_steps,
             method=method,
@@ -173,11 +174,13 @@ class MultistepConsistencyModel(DenoisingModel):
 
     @staticmethod
     def _check_teacher_steps(value, student_steps, name="teacher_steps"):
-        if not value >= student_steps:
-            raise ValueError(
-                f"`{name}` must be at least student_steps={student_steps}, one "
-                f"teacher step per student step. Received: {name}={value}"
-            )
+        checks.check_number(
+            name,
+            value,
+            student_steps,
+            f"at least student_steps={student_steps}, one teacher step per "
+            "student step",
+        )
 
     def steps_per_segment(self) -> Tensor:
         """`round(N_teacher(i) / student_steps)` at the present iteration."""
@@ -260,7 +263,10 @@ class MultistepConsistencyModel(DenoisingModel):
             ValueError: If `num_steps` is not `student_steps`, or an argument
                 is out of its range, or they disagree.
         """
-        if num_steps not in (None, self.student_steps):
+        if num_steps is None:
+            num_steps = self.student_steps
+        checks.check_positive_integer("num_steps", num_steps)
+        if num_steps != self.student_steps:
             raise ValueError(
                 "`num_steps` must be the number that the student was trained "
                 f"for, student_steps={self.student_steps}. Received: "
@@ -268,7 +274,7 @@ class MultistepConsistencyModel(DenoisingModel):
             )
         return self._generate(
             samplers.ddim,
-            self.student_steps,
+            num_steps,
             num_images,
             labels,
             noise,

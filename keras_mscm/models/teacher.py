@@ -20,6 +20,8 @@ class FrozenNetwork(keras.layers.Layer):
 
     def hold(self, network: keras.Layer) -> None:
         """Takes a network, instead of the one before."""
+        if self.network is not None:
+            self._tracker.untrack(self.network)
         network.trainable = False
         self.network = network
 
