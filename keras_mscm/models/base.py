@@ -32,6 +32,7 @@ def clone_network(
     clone = type(network).from_config(config)
     if not clone.built:
         clone.build_from_config(network.get_build_config())
+        clone.built = True  # Keras leaves that to the first call
     if not network.trainable:
         clone.trainable = True  # and so the layers within
     values = network if values is None else values
@@ -529,7 +530,7 @@ class DenoisingModel(keras.Model):
 
     def load_own_variables(self, store: Any) -> None:
         """Restores what `save_own_variables` stored."""
-        stored = {name: store[name] for name in store.keys()}
+        stored = {name: store[name] for name in [*store.keys()]}
         for i, state in enumerate(self._own_seed_states()):
             if f"seed_{i}" in stored:
                 state.assign(np.asarray(stored.pop(f"seed_{i}")))

@@ -1,5 +1,6 @@
 """Checks of data and arguments; each raises a `ValueError` that says it all."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -160,9 +161,10 @@ def check_batch(
     )
 
 
-def _prepend(first: Any, rest: Iterator) -> Iterator:
-    yield first
-    yield from rest
+def _batches(first: Any, rest: Iterator) -> Iterator:
+    # Keras wants tuples of generators, also where there are only images.
+    for batch in itertools.chain([first], rest):
+        yield tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
 
 
 def check_data(
@@ -192,7 +194,7 @@ def check_data(
     elif isinstance(x, Iterator):
         batch = next(x, None)
         if batch is not None:
-            x = _prepend(batch, x)
+            x = _batches(batch, x)
     elif hasattr(x, "shape"):
         if y is None and sample_weight is not None:
             raise ValueError(
@@ -202,6 +204,12 @@ def check_data(
         batch = (x, y, sample_weight)
     elif hasattr(x, "__iter__") and not isinstance(x, (list, tuple, dict, str)):
         batch = next(iter(x), None)
+        if hasattr(x, "collate_fn") and hasattr(batch, "shape"):
+            raise ValueError(
+                f"`{name}` must, as a DataLoader, yield [images] or [images, "
+                "labels], as it does from a `torch.utils.data.TensorDataset`. "
+                f"Received: a tensor, {_describe(batch)}"
+            )
     else:
         raise ValueError(
             f"`{name}` must be an array of images, a tf.data.Dataset, a "
