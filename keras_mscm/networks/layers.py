@@ -171,11 +171,11 @@ class TransformerBlock(keras.layers.Layer):
         def dense(units, name, **kw):
             return keras.layers.Dense(units, dtype=policy, name=name, **kw)
 
-        def norm(name):
-            return keras.layers.RMSNormalization(dtype=policy, name=name)
-
-        self.norm_1, self.norm_2 = norm("norm_1"), norm("norm_2")
-        self.norm_query, self.norm_key = norm("norm_query"), norm("norm_key")
+        # The other normalisations go unscaled: the scale of one before a dense
+        # layer is the dense layer's, the key's is the query's.
+        self.norm_query = keras.layers.RMSNormalization(
+            dtype=policy, name="norm_query"
+        )
         self.query_key_value = dense(3 * width, "query_key_value")
         self.attention_output = dense(
             width, "attention_output", kernel_initializer="zeros"
@@ -188,15 +188,12 @@ class TransformerBlock(keras.layers.Layer):
         )
 
         for layer in (
-            self.norm_1,
             self.query_key_value,
             self.attention_output,
-            self.norm_2,
             self.mlp_hidden,
         ):
             layer.build(maps)
         self.norm_query.build((None, None, self.num_heads, self.head_width))
-        self.norm_key.build((None, None, self.num_heads, self.head_width))
         self.modulation.build(embedding)
         self.dropout.build((*maps[:-1], hidden))
         self.mlp_output.build((*maps[:-1], hidden))
@@ -208,15 +205,16 @@ class TransformerBlock(keras.layers.Layer):
             ops.reshape(part, heads)
             for part in ops.split(self.query_key_value(maps), 3, axis=-1)
         )
-        query, key = self.norm_query(query), self.norm_key(key)
-        attended = ops.dot_product_attention(query, key, value)
+        attended = ops.dot_product_attention(
+            self.norm_query(query), ops.rms_normalization(key), value
+        )
         attended = ops.reshape(attended, (-1, height, width, channels))
         return self.attention_output(attended)
 
     def call(self, inputs: tuple[Tensor, Tensor], training=None) -> Tensor:
         x, embedding = inputs
-        x = x + self._attention(self.norm_1(x))
-        h = ops.silu(self.mlp_hidden(self.norm_2(x)))
+        x = x + self._attention(ops.rms_normalization(x))
+        h = ops.silu(self.mlp_hidden(ops.rms_normalization(x)))
         modulation = self.modulation(ops.silu(embedding))[:, None, None]
         scale, shift = ops.split(modulation, 2, axis=-1)
         h = self.dropout(h * (1 + scale) + shift, training=training)

@@ -1,0 +1,48 @@
+# Everything runs in .venv, which these targets make.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BACKENDS ?= jax tensorflow torch
+BIN := .venv/bin
+export TF_CPP_MIN_LOG_LEVEL := 3
+
+.PHONY: demo figure test lint format fresh clean
+
+demo: .venv/.demo  ## install, then distil the digits into demo/
+	KERAS_BACKEND=jax $(BIN)/python examples/digits.py
+
+figure: .venv/.demo  ## the paper's figure 1, into demo/two_modes/
+	KERAS_BACKEND=jax $(BIN)/python examples/two_modes.py
+
+test: .venv/.dev  ## every test on every backend
+	@set -e; for backend in $(BACKENDS); do \
+		echo "== tests on $$backend"; \
+		KERAS_BACKEND=$$backend $(BIN)/pytest -n 2; \
+	done
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fresh:  ## demo and tests from a fresh clone in an empty directory
+	dir=$$(mktemp -d) && git clone -q . $$dir/keras_mscm && \
+		$(MAKE) -C $$dir/keras_mscm demo lint test && rm -rf $$dir
+
+clean:
+	rm -rf .venv
+
+.venv/.demo: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[jax,examples]'
+	touch $@
+
+# PyTorch by pip, which takes a CPU build where one is configured.
+.venv/.dev: .venv/.demo
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
+	$(BIN)/python -m pip install -q '$(TORCH)'
+	touch $@
