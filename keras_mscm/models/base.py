@@ -31,8 +31,16 @@ def clone_network(
     config = {**network.get_config(), "name": name, "trainable": True}
     clone = type(network).from_config(config)
     if not clone.built:
-        clone.build_from_config(network.get_build_config())
-        clone.built = True  # Keras leaves that to the first call
+        # Called, as the network was: Keras' `build_from_config` can't always.
+        shapes = network.get_build_config()["input_shape"]
+        clone(
+            {
+                key: keras.KerasTensor(
+                    shape, "int32" if key == "labels" else "float32"
+                )
+                for key, shape in shapes.items()
+            }
+        )
     if not network.trainable:
         clone.trainable = True  # and so the layers within
     values = network if values is None else values
