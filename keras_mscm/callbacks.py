@@ -31,7 +31,8 @@ class TeacherStepAnneal(keras.callbacks.Callback):
 
     Example:
 
-    >>> student.fit(dataset, callbacks=[TeacherStepAnneal()])
+    >>> anneal = TeacherStepAnneal(start=64, end=1280, iterations=100_000)
+    >>> # student.fit(dataset, callbacks=[anneal])
     """
 
     def __init__(

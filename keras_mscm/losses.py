@@ -23,9 +23,12 @@ class SquaredL2(keras.losses.Loss):
     """
 
     def __init__(
-        self, reduction="sum_over_batch_size", name="squared_l2", **kw
+        self,
+        reduction: str = "sum_over_batch_size",
+        name: str = "squared_l2",
+        **kwargs: Any,
     ):
-        super().__init__(reduction=reduction, name=name, **kw)
+        super().__init__(reduction=reduction, name=name, **kwargs)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Returns one value per example, `(batch,)`."""
@@ -49,23 +52,24 @@ class PseudoHuber(keras.losses.Loss):
 
     Example:
 
-    >>> PseudoHuber()(ops.zeros((1, 8, 8, 1)), ops.ones((1, 8, 8, 1)))
+    >>> images = ops.zeros((1, 8, 8, 1))
+    >>> round(float(PseudoHuber()(images, images + 1)), 4)
     0.9999
     """
 
     def __init__(
         self,
         huber_epsilon: float = 1e-4,
-        reduction="sum_over_batch_size",
-        name="pseudo_huber",
-        **kw,
+        reduction: str = "sum_over_batch_size",
+        name: str = "pseudo_huber",
+        **kwargs: Any,
     ):
         if not huber_epsilon > 0:
             raise ValueError(
                 "`huber_epsilon` must be positive. Received: "
                 f"huber_epsilon={huber_epsilon}"
             )
-        super().__init__(reduction=reduction, name=name, **kw)
+        super().__init__(reduction=reduction, name=name, **kwargs)
         self.huber_epsilon = huber_epsilon
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:

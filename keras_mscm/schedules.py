@@ -60,8 +60,8 @@ class CosineSchedule(NoiseSchedule):
 
     Example:
 
-    >>> CosineSchedule()(ops.convert_to_tensor([0.0, 0.5, 1.0]))
-    [15., 0., -15.]
+    >>> [round(float(logsnr)) for logsnr in CosineSchedule()([0.0, 0.5, 1.0])]
+    [15, 0, -15]
     """
 
     def __init__(self, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0):

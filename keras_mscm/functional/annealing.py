@@ -23,8 +23,8 @@ def teacher_steps(
 
     Example:
 
-    >>> teacher_steps(50_000, 64.0, 1280.0, 100_000)
-    286.21670
+    >>> round(float(teacher_steps(50_000, 64.0, 1280.0, 100_000)), 1)
+    286.2
     """
     done = ops.clip(ops.cast(iteration, "float32") / iterations, 0.0, 1.0)
     log_start, log_end = ops.log(start), ops.log(end)

@@ -36,8 +36,9 @@ def ddim(x: Tensor, z_t: Tensor, logsnr_t: Tensor, logsnr_s: Tensor) -> Tensor:
     Example:
 
     >>> x, z = ops.ones((2, 4)), ops.zeros((2, 4))
-    >>> ddim(x, z, ops.full((2,), -15.0), ops.full((2,), 15.0))[0, 0]
-    0.9999994
+    >>> z_s = ddim(x, z, ops.full((2,), -15.0), ops.full((2,), 15.0))
+    >>> round(float(z_s[0, 0]), 4)
+    1.0
     """
     logsnr_t, logsnr_s = expand(logsnr_t, x), expand(logsnr_s, x)
     kept = sigma(logsnr_s) / sigma(logsnr_t)

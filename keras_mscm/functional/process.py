@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from keras import ops
 
 Tensor: TypeAlias = Any
-"""A tensor of the running backend, or anything `keras.ops` takes for one."""
+"""A tensor of the running backend; a number too, where a scalar is asked."""
 
 PREDICTION_TYPES = ("v", "x", "epsilon")
 
@@ -44,8 +44,9 @@ def add_noise(x: Tensor, epsilon: Tensor, logsnr: Tensor) -> Tensor:
 
     Example:
 
-    >>> add_noise(ops.ones((2, 4)), ops.zeros((2, 4)), ops.zeros(2))[0, 0]
-    0.70710677
+    >>> z = add_noise(ops.ones((2, 4)), ops.zeros((2, 4)), ops.zeros(2))
+    >>> round(float(z[0, 0]), 4)
+    0.7071
     """
     logsnr = expand(logsnr, x)
     return alpha(logsnr) * x + sigma(logsnr) * epsilon

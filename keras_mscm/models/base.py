@@ -199,15 +199,14 @@ class DenoisingModel(keras.Model):
             )
 
         (example, before), state = backend.run_with_state(prepare, self, state)
-        if not state:
+        if state:
+            logs, state = super().train_step(tuple(state), example)
+        else:
             logs = super().train_step(example)
-            self._after_update(before)
-            return logs
-        logs, state = super().train_step(tuple(state), example)
         _, state = backend.run_with_state(
             lambda: self._after_update(before), self, state
         )
-        return logs, tuple(state)
+        return (logs, tuple(state)) if state else logs
 
     def test_step(self, *args: Any) -> Any:
         """Keras' own step on an example made without dropout."""
@@ -490,7 +489,9 @@ class DenoisingModel(keras.Model):
         finite_loss.raise_if_diverged()
         return history
 
-    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any):
+    def evaluate(
+        self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Evaluates the loss, as `keras.Model.evaluate`; data as for `fit`."""
         self._check_ready()
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked it

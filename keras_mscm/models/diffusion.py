@@ -21,10 +21,13 @@ class DiffusionModel(DenoisingModel):
 
     Example:
 
-    >>> teacher = DiffusionModel(UViT(image_shape=(8, 8, 1), ...))
+    >>> from keras_mscm import UViT
+    >>> network = UViT(image_shape=(8, 8, 1), widths=[64], depths=[1],
+    ...                attention=True)
+    >>> teacher = DiffusionModel(network)
     >>> teacher.compile(optimizer=keras.optimizers.Adam(1e-3))
-    >>> teacher.fit(images)
-    >>> teacher.generate(16, num_steps=256).shape
+    >>> _ = teacher.fit(np.zeros((32, 8, 8, 1), "float32"), verbose=0)
+    >>> teacher.generate(16, num_steps=4).shape
     (16, 8, 8, 1)
     """
 

@@ -49,12 +49,19 @@ class MultistepConsistencyModel(DenoisingModel):
 
     Example:
 
+    >>> from keras_mscm import UViT
+    >>> from keras_mscm.callbacks import TeacherStepAnneal
+    >>> network = UViT(image_shape=(8, 8, 1), widths=[64], depths=[1],
+    ...                attention=True)
+    >>> teacher = DiffusionModel(network)  # trained, in earnest
     >>> student = MultistepConsistencyModel.from_teacher(
     ...     teacher, student_steps=8
     ... )
     >>> student.compile(optimizer=keras.optimizers.Adam(1e-4))
-    >>> student.fit(dataset, callbacks=[TeacherStepAnneal()])
-    >>> images = student.generate(num_steps=8)
+    >>> images = np.zeros((32, 8, 8, 1), "float32")
+    >>> _ = student.fit(images, verbose=0, callbacks=[TeacherStepAnneal()])
+    >>> student.generate(4, num_steps=8).shape
+    (4, 8, 8, 1)
 
     Reference:
         Multistep Consistency Models, algorithms 1 and 2.

@@ -115,7 +115,9 @@ class ResNetBlock(keras.layers.Layer):
         self.conv_2.build(maps)
         self.modulation.build(embedding)
 
-    def call(self, inputs: tuple[Tensor, Tensor], training=None) -> Tensor:
+    def call(
+        self, inputs: tuple[Tensor, Tensor], training: bool | None = None
+    ) -> Tensor:
         x, embedding = inputs
         h = self.conv_1(ops.silu(self.norm_1(x)))
         modulation = self.modulation(ops.silu(embedding))[:, None, None]
@@ -211,7 +213,9 @@ class TransformerBlock(keras.layers.Layer):
         attended = ops.reshape(attended, (-1, height, width, channels))
         return self.attention_output(attended)
 
-    def call(self, inputs: tuple[Tensor, Tensor], training=None) -> Tensor:
+    def call(
+        self, inputs: tuple[Tensor, Tensor], training: bool | None = None
+    ) -> Tensor:
         x, embedding = inputs
         x = x + self._attention(ops.rms_normalization(x))
         h = ops.silu(self.mlp_hidden(ops.rms_normalization(x)))

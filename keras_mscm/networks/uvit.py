@@ -78,12 +78,14 @@ class UViT(keras.Model):
     ...     embedding_width=128,
     ... )
     >>> network.count_params()
-    269_729
+    330241
 
     Reference:
         Hoogeboom et al., *simple diffusion*, 2023; Multistep Consistency
         Models, appendix A.1.
     """
+
+    built: bool
 
     def __init__(
         self,
@@ -134,9 +136,10 @@ class UViT(keras.Model):
         )
         self.exit = dense(pixels, "exit", kernel_initializer="zeros")
 
-        # Far apart, as a backend may take seed + counter for its state.
+        # Far apart, as a backend may take seed + counter for its state, and of
+        # 31 bits, as PyTorch's seed states are int32.
         seeds = iter(
-            np.random.SeedSequence(seed).generate_state(2 * sum(depths))
+            np.random.SeedSequence(seed).generate_state(2 * sum(depths)) >> 1
         )
 
         def blocks(stage, way):
@@ -222,7 +225,9 @@ class UViT(keras.Model):
                 block.build((shape, embedding))
         self.built = True
 
-    def call(self, inputs: dict[str, Tensor], training=None) -> Tensor:
+    def call(
+        self, inputs: dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
         embedding = self.embed_noise(inputs["logsnr"])
         if self.embed_label:
             embedding = embedding + self.embed_label(inputs["labels"])
