@@ -39,7 +39,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 STUDENT_STEPS = 8
-TEACHER_STEPS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
+TEACHER_STEPS = [1, 2, 4, 8, 16, 32, 64, 512]
 
 
 def load_data(seed):
@@ -114,13 +114,13 @@ def make_network(seed):
     return UViT(
         image_shape=(8, 8, 1),
         patch_size=4,
-        widths=(128,),
+        widths=(96,),
         depths=(4,),
         attention=True,
-        head_width=64,
+        head_width=48,
         embedding_width=128,
         num_classes=10,
-        dropout=0.02,
+        dropout=0.01,
         seed=seed,
     )
 
@@ -215,7 +215,10 @@ def plot_distances(results, path):
 def plot_grids(panels, path, columns=10, rows=6):
     """Sets of images side by side; column c shows the digit c."""
     figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 2.9), layout="constrained"
+        1,
+        len(panels),
+        figsize=(4 * len(panels), 4 * rows / columns + 0.4),
+        layout="constrained",
     )
     for axes, (title, images) in zip(all_axes, panels.items(), strict=True):
         images = np.pad(
@@ -305,6 +308,7 @@ def main(args):
     student = MultistepConsistencyModel.from_teacher(
         teacher,
         student_steps=STUDENT_STEPS,
+        weighting=getattr(keras_mscm.losses, args.weighting),
         ema_decay=0.998,
         seed=args.seed + 1,
     )
@@ -393,9 +397,15 @@ if __name__ == "__main__":
     parser.add_argument("--output", default="demo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--num-samples", type=int, default=1000)
-    parser.add_argument("--teacher-iterations", type=int, default=2500)
+    parser.add_argument("--num-samples", type=int, default=3000)
+    parser.add_argument("--teacher-iterations", type=int, default=3000)
     parser.add_argument("--teacher-learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--weighting",
+        default="sqrt_snr_plus_one",
+        choices=("sqrt_snr_plus_one", "snr_plus_one"),
+        help="weight of the student's loss over time",
+    )
     parser.add_argument("--student-iterations", type=int, default=1500)
     parser.add_argument("--student-learning-rate", type=float, default=1e-3)
     main(parser.parse_args())

@@ -357,7 +357,8 @@ class DenoisingModel(keras.Model):
                 )
             if 0 in noise.shape:
                 raise ValueError(
-                    f"`noise` has no images. Received: shape {noise.shape}"
+                    "`noise` has no images. Received: shape "
+                    f"{tuple(noise.shape)}"
                 )
             counts["noise"] = noise.shape[0]
         if len(set(counts.values())) > 1:

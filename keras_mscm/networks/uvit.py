@@ -78,7 +78,7 @@ class UViT(keras.Model):
     ...     embedding_width=128,
     ... )
     >>> network.count_params()
-    330241
+    336545
 
     Reference:
         Hoogeboom et al., *simple diffusion*, 2023; Multistep Consistency
