@@ -406,6 +406,6 @@ if __name__ == "__main__":
         choices=("sqrt_snr_plus_one", "snr_plus_one"),
         help="weight of the student's loss over time",
     )
-    parser.add_argument("--student-iterations", type=int, default=1500)
+    parser.add_argument("--student-iterations", type=int, default=2000)
     parser.add_argument("--student-learning-rate", type=float, default=1e-3)
     main(parser.parse_args())

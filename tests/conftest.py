@@ -1,8 +1,17 @@
+import os
+
+# Before PyTorch is imported: the tests' tensors are small, and its threads
+# wait for each other where cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import keras
 import numpy as np
 import pytest
 
 from keras_mscm import UViT
+
+# Compiling is where most of the time goes.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(autouse=True)
