@@ -1,0 +1,258 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mscm import UViT, backend
+from keras_mscm.networks.uvit import _to_patches, _to_pixels
+
+SHAPES = {
+    "vit": {},
+    "labels": {"num_classes": 3},
+    # Everything at once: three stages, of which the first needs no whole heads;
+    # patches; images that are not square.
+    "all": {
+        "image_shape": (8, 16, 2),
+        "widths": (40, 32, 16),
+        "depths": (1, 1, 2),
+        "attention": (False, True, True),
+        "patch_size": 2,
+        "num_classes": 3,
+        "dropout": (0.0, 0.1, 0.2),
+    },
+}
+every_shape = pytest.mark.parametrize(
+    "config", SHAPES.values(), ids=list(SHAPES)
+)
+
+
+def inputs_for(network):
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((3, *network.image_shape))
+    inputs = {
+        "z": ops.convert_to_tensor(z, "float32"),
+        "logsnr": ops.convert_to_tensor(rng.uniform(-9, 9, 3), "float32"),
+    }
+    if network.num_classes:
+        inputs["labels"] = ops.arange(3, dtype="int32")
+    return inputs
+
+
+def outputs(network, inputs, **kwargs):
+    got = network(inputs, **kwargs)
+    return ops.convert_to_numpy(ops.cast(got, "float32"))
+
+
+@every_shape
+def test_output_has_the_shape_of_the_images(tiny_uvit, config):
+    network = tiny_uvit(**config)
+    got = network(inputs_for(network))
+    assert tuple(got.shape) == (3, *network.image_shape)
+    assert keras.backend.standardize_dtype(got.dtype) == "float32"
+    assert ops.convert_to_numpy(got).std() > 0.01
+
+
+def test_mixed_precision(tiny_uvit):
+    full = tiny_uvit()
+    half = tiny_uvit(dtype="mixed_bfloat16")
+    half.set_weights(full.get_weights())
+    inputs = inputs_for(full)
+    assert keras.backend.standardize_dtype(half(inputs).dtype) == "bfloat16"
+    for weight in half.trainable_variables:
+        assert keras.backend.standardize_dtype(weight.dtype) == "float32"
+    exact = outputs(full, inputs)
+    # bfloat16 has 8 bits, and a block stores some ten times.
+    error = np.abs(outputs(half, inputs) - exact)
+    assert error.mean() < 0.05 * np.abs(exact).mean()
+
+
+def test_a_new_network_says_zero(tiny_uvit):
+    network = tiny_uvit(random_output=False)
+    got = outputs(network, inputs_for(network))
+    np.testing.assert_array_equal(got, np.zeros_like(got))
+
+
+@every_shape
+def test_config_round_trip(tiny_uvit, config):
+    network = tiny_uvit(**config)
+    again = UViT.from_config(network.get_config())
+    stored = keras.saving.serialize_keras_object(network)
+    loaded = keras.saving.deserialize_keras_object(stored)
+    inputs = inputs_for(network)
+    for other in (again, loaded):
+        assert other.get_config() == network.get_config()
+        other.set_weights(network.get_weights())
+    np.testing.assert_array_equal(
+        outputs(loaded, inputs), outputs(network, inputs)
+    )
+
+
+def test_count_of_parameters_in_closed_form(tiny_uvit):
+    network = tiny_uvit(**SHAPES["all"])
+    (c_0, c_1, c_2), e, pixels = network.widths, 32, 2 * 2 * 2
+
+    def transformer(c):
+        return 12 * c**2 + 9 * c + (e + 1) * 8 * c + 16
+
+    resnet = 18 * c_0**2 + 2 * c_0 + (e + 1) * 2 * c_0 + 4 * c_0
+    blocks = 2 * resnet + 2 * transformer(c_1) + 2 * transformer(c_2)
+    conditioning = 2 * e * (e + 1) + 3 * e
+    ends = (pixels + 1) * c_0 + c_0 + (c_0 + 1) * pixels
+    widen = (c_0 + 1) * c_1 + (c_1 + 1) * c_2
+    narrow = (c_1 + 1) * c_0 + (c_2 + 1) * c_1
+    places = 2 * 4 * c_1 + 1 * 2 * c_2
+    assert network.count_params() == (
+        blocks + conditioning + ends + widen + narrow + places
+    )
+
+
+def test_labels_change_the_output(tiny_uvit):
+    network = tiny_uvit(num_classes=3)
+    inputs = inputs_for(network)
+    got = [
+        outputs(network, {**inputs, "labels": ops.full((3,), i, "int32")})
+        for i in range(3)
+    ]
+    assert not np.allclose(got[0], got[1], atol=1e-3)
+    assert not np.allclose(got[1], got[2], atol=1e-3)
+    # Each example has its own.
+    mixed = {**inputs, "labels": ops.convert_to_tensor([2, 0, 1], "int32")}
+    expected = [got[2][0], got[0][1], got[1][2]]
+    np.testing.assert_allclose(outputs(network, mixed), expected, atol=1e-5)
+
+
+def test_noise_level_changes_the_output(tiny_uvit):
+    network = tiny_uvit()
+    inputs = inputs_for(network)
+    other = {**inputs, "logsnr": inputs["logsnr"] + 1.0}
+    got, changed = outputs(network, inputs), outputs(network, other)
+    assert not np.allclose(got, changed, atol=1e-3)
+
+
+def test_every_weight_has_a_say(tiny_uvit):
+    network = tiny_uvit(**SHAPES["all"])
+    inputs = inputs_for(network)
+    compiled = backend.compile_inference(
+        lambda *values: network(dict(zip(inputs, values))), network.variables
+    )
+
+    def run():
+        return ops.convert_to_numpy(compiled(*inputs.values()))
+
+    before = run()
+    np.testing.assert_allclose(before, outputs(network, inputs), atol=1e-5)
+    rng = np.random.default_rng(0)
+    for weight in network.trainable_variables:
+        value = ops.convert_to_numpy(weight) + 0
+        weight.assign(value + 0.3 * rng.standard_normal(value.shape))
+        assert np.abs(run() - before).max() > 1e-4, weight.path
+        weight.assign(value)
+
+
+def test_examples_do_not_see_each_other(tiny_uvit):
+    network = tiny_uvit(**SHAPES["all"])
+    inputs = inputs_for(network)
+    swapped = {name: ops.flip(value, 0) for name, value in inputs.items()}
+    got, other = outputs(network, inputs), outputs(network, swapped)
+    np.testing.assert_allclose(other, got[::-1], atol=1e-5)
+    changed = {
+        **inputs,
+        "z": inputs["z"] + np.float32([[[[1]]], [[[0]]], [[[0]]]]),
+    }
+    other = outputs(network, changed)
+    assert not np.allclose(other[0], got[0], atol=1e-3)
+    np.testing.assert_allclose(other[1:], got[1:], atol=1e-5)
+
+
+def test_positions_matter(tiny_uvit):
+    network = tiny_uvit()
+    inputs = inputs_for(network)
+    turned = {**inputs, "z": ops.flip(inputs["z"], axis=1)}
+
+    def difference():
+        here = outputs(network, inputs)[:, ::-1]
+        return np.abs(outputs(network, turned) - here).max()
+
+    assert difference() > 1e-3
+    # Without them a ViT takes its tokens in any order.
+    (position,) = (p.position for p in network.positions if p)
+    position.assign(ops.zeros(position.shape))
+    assert difference() < 1e-5
+
+
+def test_only_stages_that_attend_have_positions(tiny_uvit):
+    network = tiny_uvit(**SHAPES["all"])
+    shapes = [p and tuple(p.position.shape) for p in network.positions]
+    assert shapes == [None, (2, 4, 32), (1, 2, 16)]
+
+
+def test_patches_are_the_squares_of_the_image():
+    images = np.arange(2 * 4 * 6 * 3, dtype="float32").reshape(2, 4, 6, 3)
+    patches = ops.convert_to_numpy(
+        _to_patches(ops.convert_to_tensor(images), 2)
+    )
+    assert patches.shape == (2, 2, 3, 12)
+    for i in range(2):
+        for j in range(3):
+            square = images[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            np.testing.assert_array_equal(
+                patches[:, i, j], square.reshape(2, 12)
+            )
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_pixels_undo_patches(patch_size):
+    images = np.random.default_rng(0).standard_normal((2, 8, 4, 3), "float32")
+    patches = _to_patches(ops.convert_to_tensor(images), patch_size)
+    np.testing.assert_array_equal(_to_pixels(patches, patch_size), images)
+
+
+def test_dropout_is_on_in_training_only(tiny_uvit):
+    network = tiny_uvit(**SHAPES["all"])
+    inputs = inputs_for(network)
+    still = outputs(network, inputs, training=False)
+    np.testing.assert_array_equal(outputs(network, inputs), still)
+    first = outputs(network, inputs, training=True)
+    second = outputs(network, inputs, training=True)
+    assert not np.allclose(first, still)
+    assert not np.allclose(first, second)
+    twin = tiny_uvit(**SHAPES["all"])
+    twin.set_weights(network.get_weights())
+    np.testing.assert_array_equal(outputs(twin, inputs, training=True), first)
+
+
+def test_dropout_is_per_stage_and_its_seeds_are_all_different(tiny_uvit):
+    network = tiny_uvit(**SHAPES["all"])
+    stages = [[*down, *up] for down, up in zip(network.down, network.up)]
+    stages.append(network.middle)
+    rates = [{block.dropout_rate for block in stage} for stage in stages]
+    assert rates == [{0.0}, {0.1}, {0.2}]
+    seeds = [block.seed for stage in stages for block in stage]
+    assert len(set(seeds)) == len(seeds) == 6
+    # Keras draws from seed + counter on one backend: far apart they must be.
+    assert np.diff(np.sort(seeds)).min() > 100_000
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image_shape": (8, 8)}, "`image_shape` must be"),
+        ({"image_shape": (9, 8, 1), "patch_size": 2}, "multiples of 2"),
+        (
+            {
+                "image_shape": (8, 12, 1),
+                "widths": (16,) * 3,
+                "depths": (1,) * 3,
+                "patch_size": 2,
+            },
+            "multiples of 8",
+        ),
+        ({"widths": (24,)}, "multiples of `head_width`=16"),
+        ({"depths": (1, 2)}, "`depths` must have one entry per stage"),
+        ({"attention": (True, False)}, "`attention` must have one entry"),
+        ({"dropout": (0.1, 0.1)}, "`dropout` must have one entry"),
+    ],
+)
+def test_bad_arguments(tiny_uvit, config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_uvit(**config)

@@ -1,0 +1,146 @@
+"""Rules of the house, read from the source (DESIGN.md)."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import keras_mscm
+
+PACKAGE = Path(keras_mscm.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+every_file = pytest.mark.parametrize(
+    "path", FILES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
+
+# Imports run downwards only, from a later floor to an earlier one.
+FLOORS = [
+    {"functional", "networks", "backend"},
+    {"schedules", "losses", "samplers"},
+    {"models"},
+    {"callbacks", "metrics", "datasets", "distribution", "presets"},
+    {"__init__"},
+]
+FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
+
+
+def floor(part):
+    """The floor of a file or folder; of any other name, above the roof."""
+    floors = (i for i, parts in enumerate(FLOORS) if part in parts)
+    return next(floors, len(FLOORS))
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def tree(path):
+    return ast.parse(path.read_text())
+
+
+def imported(path):
+    """Full names of what a file imports, wherever in it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def may_import(part, name):
+    """Whether a file of `part` may import `name`, a name in this package."""
+    other = f"{name}.".split(".")[1]
+    if other == part:
+        return True
+    if part == "networks":
+        # Networks know nothing of diffusion; what a tensor is, they may.
+        return name == "keras_mscm.functional.process.Tensor"
+    if floor(part) == 1:
+        return floor(other) <= 1
+    return floor(other) < floor(part)
+
+
+@every_file
+def test_imports_run_downwards_only(path):
+    part = part_of(path)
+    assert floor(part) < len(FLOORS), f"{part} has no place in the house"
+    for name in imported(path):
+        if name.split(".")[0] == "keras_mscm":
+            assert may_import(part, name), f"{part} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("functional", "keras_mscm.schedules.NoiseSchedule"),
+        ("functional", "keras_mscm.networks.UViT"),
+        ("networks", "keras_mscm.functional.process.alpha"),
+        ("backend", "keras_mscm.functional"),
+        ("samplers", "keras_mscm.models.base.DenoisingModel"),
+        ("models", "keras_mscm.callbacks"),
+        ("callbacks", "keras_mscm.presets"),
+        ("models", "keras_mscm.DiffusionModel"),
+        ("models", "keras_mscm"),
+    ],
+)
+def test_the_rule_sees_an_import_upwards(part, name):
+    assert not may_import(part, name)
+
+
+@every_file
+def test_only_backend_knows_the_frameworks(path):
+    if path != PACKAGE / "backend.py":
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert not roots & FRAMEWORKS
+
+
+@every_file
+def test_no_keras_internals(path):
+    assert not [n for n in imported(path) if n.startswith("keras.src")]
+
+
+@every_file
+def test_no_assert_in_library_code(path):
+    lines = [
+        node.lineno
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Assert)
+    ]
+    assert not lines, f"assert in lines {lines}"
+
+
+@every_file
+def test_what_is_public_has_a_docstring(path):
+    module = tree(path)
+    assert ast.get_docstring(module), "no module docstring"
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            public = not node.name.startswith("_")
+            assert not public or ast.get_docstring(node), node.name
+
+
+def test_every_exported_class_and_function_has_a_docstring():
+    modules = [keras_mscm] + [
+        importlib.import_module(f"keras_mscm.{name}")
+        for name in keras_mscm.__all__
+        if inspect.ismodule(getattr(keras_mscm, name))
+    ]
+    for module in modules:
+        names = getattr(module, "__all__", None) or [
+            name for name in vars(module) if not name.startswith("_")
+        ]
+        for name in names:
+            value = getattr(module, name)
+            ours = getattr(value, "__module__", "").startswith("keras_mscm")
+            if ours and (inspect.isclass(value) or inspect.isfunction(value)):
+                assert value.__doc__, name
+
+
+def test_all_is_what_there_is():
+    for module in (keras_mscm, keras_mscm.functional):
+        assert list(module.__all__) == sorted(module.__all__)
+        for name in module.__all__:
+            assert hasattr(module, name)
