@@ -138,9 +138,11 @@ def test_with_gradient_accumulation(make_teacher, toy_images, weights_of):
 
 
 def test_steps_per_execution(make_teacher, toy_images, weights_of):
-    if keras.backend.backend() == "torch":
-        pytest.skip("PyTorch runs one step at a time; see test_base.py")
     model = make_teacher(compile_with={"steps_per_execution": 3})
+    if keras.backend.backend() == "torch":
+        with pytest.raises(ValueError, match="steps_per_execution"):
+            model.fit(toy_images(4), verbose=0)
+        return
     with pytest.raises(FloatingPointError):
         model.fit(Batches(toy_images(4), NUM_BAD), shuffle=False, verbose=0)
     assert_finite(weights_of(model))
