@@ -42,7 +42,10 @@ def clone_network(
             }
         )
     if not network.trainable:
-        clone.trainable = True  # and so the layers within
+        # And so the layers within; by way of False, as TensorFlow's tracking
+        # ignores an attribute that is set to what it is.
+        clone.trainable = False
+        clone.trainable = True
     values = network if values is None else values
     for theirs, ours in zip(values.weights, clone.weights, strict=True):
         # A copy: JAX gives buffers away, and these two must not share one.

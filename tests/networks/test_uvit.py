@@ -106,6 +106,30 @@ def test_count_of_parameters_in_closed_form(tiny_uvit):
     )
 
 
+def test_every_block_is_added_to_its_mirror_image(tiny_uvit):
+    network = tiny_uvit(
+        image_shape=(4, 8, 8),
+        widths=(40, 32),
+        depths=(2, 1),
+        attention=(False, True),
+    )
+    inputs = inputs_for(network)
+    embedding = network.embed_noise(inputs["logsnr"])
+    first, second = network.down[0]
+    a = first((network.entry(inputs["z"]), embedding))
+    b = second((a, embedding))
+    maps = network.positions[1](network.widen[0](network.pool(b)))
+    maps = network.middle[0]((maps, embedding))
+    maps = network.narrow[0](network.unpool(maps))
+    first, second = network.up[0]
+    maps = first((maps + b, embedding))
+    maps = second((maps + a, embedding))
+    expected = network.exit(ops.silu(network.exit_norm(maps)))
+    np.testing.assert_allclose(
+        outputs(network, inputs), ops.convert_to_numpy(expected), atol=1e-5
+    )
+
+
 def test_labels_change_the_output(tiny_uvit):
     network = tiny_uvit(num_classes=3)
     inputs = inputs_for(network)
