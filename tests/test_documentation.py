@@ -3,7 +3,10 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import keras_mscm
@@ -31,3 +34,19 @@ def test_there_are_examples():
         for example in test.examples
     ]
     assert len(examples) > 20
+
+
+def test_the_code_of_the_guide(tmp_path, monkeypatch):
+    root = Path(__file__).parent.parent
+    guide = (root / "guides/distil_your_own_images.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "images": np.random.default_rng(0)
+        .uniform(-1, 1, (64, 8, 8, 1))
+        .astype("float32"),
+        "labels": np.arange(64) % 10,
+    }
+    for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(block, names)
+    assert names["few_steps"].shape == (10, 8, 8, 1)
+    assert int(names["student"].iteration) == 6

@@ -1,0 +1,140 @@
+"""The one file that knows which framework runs underneath."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mscm import backend
+
+
+class Counter(keras.Model):
+    """A model with one weight of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(1, kernel_initializer="ones")
+        self.count = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="count"
+        )
+        self.dense.build((None, 2))
+        self.built = True
+
+
+def number(tensor):
+    return float(ops.convert_to_numpy(tensor))
+
+
+def test_run_with_state():
+    model = Counter()
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+
+    def function():
+        model.count.assign_add(2.0)
+        return model.count + model.dense.kernel[0, 0]
+
+    if backend.NAME != "jax":
+        result, state = backend.run_with_state(function, model, [])
+        assert state == []
+        assert number(model.count) == 2
+    else:
+        # The values are the state's, not the variables', and stay there.
+        state = (
+            [5 * v.value for v in model.trainable_variables],
+            [v.value for v in model.non_trainable_variables],
+            [v.value for v in model.optimizer.variables],
+            ["metrics"],
+        )
+        result, state = backend.run_with_state(function, model, state)
+        assert number(model.count) == 0
+        place = [v is model.count for v in model.non_trainable_variables].index(
+            True
+        )
+        assert number(state[1][place]) == 2
+        assert number(state[0][0][0, 0]) == 5
+        assert state[3] == ["metrics"]
+        assert len(state) == 4
+    assert number(result) == (7 if backend.NAME == "jax" else 3)
+
+
+def test_run_with_state_records_no_gradient():
+    if backend.NAME != "torch":  # elsewhere nothing is recorded unasked
+        return
+    model = Counter()
+    result, _ = backend.run_with_state(
+        lambda: model.dense(ops.ones((1, 2))), model, []
+    )
+    assert not result.requires_grad
+    assert model.dense(ops.ones((1, 2))).requires_grad
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_rewound(seed):
+    dropout = keras.layers.Dropout(0.5, seed=seed)
+    other = keras.random.SeedGenerator(1)
+    ones = ops.ones((4, 16))
+
+    def draw():
+        return ops.convert_to_numpy(dropout(ones, training=True))
+
+    states = [dropout.seed_generator.state]
+    with backend.rewound(states):
+        first = draw()
+        before = ops.convert_to_numpy(keras.random.normal((4,), seed=other))
+    np.testing.assert_array_equal(draw(), first)
+    assert np.any(draw() != first)
+    # What isn't named goes on.
+    after = ops.convert_to_numpy(keras.random.normal((4,), seed=other))
+    assert np.all(before != after)
+
+
+def test_compile_inference():
+    weight, traces = keras.Variable(2.0), []
+
+    def function(x, y):
+        traces.append(1)
+        return weight * x + y
+
+    run = backend.compile_inference(function, [weight])
+    x = np.arange(3, dtype="float32")
+    got = ops.convert_to_numpy(run(x, np.float32(1)))
+    np.testing.assert_allclose(got, [1, 3, 5])
+    weight.assign(3.0)
+    got = ops.convert_to_numpy(run(x, np.float32(0)))
+    np.testing.assert_allclose(got, [0, 3, 6])
+    assert len(traces) == (2 if backend.NAME == "torch" else 1)
+
+
+def test_values_kept():
+    model = Counter()
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.optimizer.build(model.trainable_variables)
+    before = [ops.convert_to_numpy(v) for v in model.variables]
+
+    def step():
+        if backend.NAME == "jax":  # as Keras does at a first step
+            for variable in model.variables:
+                variable._value = None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), backend.values_kept(model):
+        step()
+    for value, variable in zip(before, model.variables):
+        np.testing.assert_array_equal(value, ops.convert_to_numpy(variable))
+
+
+def test_another_backend_is_refused():
+    run = subprocess.run(
+        [sys.executable, "-c", "import keras_mscm"],
+        env={**os.environ, "KERAS_BACKEND": "numpy"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode
+    assert "KERAS_BACKEND=numpy" in run.stderr
+    assert "'jax', 'tensorflow' and 'torch'" in run.stderr
