@@ -175,7 +175,7 @@ def plot(models, end_points, noise, path):
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_ylabel(r"noise  $\leftarrow$  time t  $\rightarrow$  data")
     all_axes[0].set_yticks([0, 0.25, 0.5, 0.75, 1])
-    all_axes[0].set_ylim(1.2, -0.24)
+    all_axes[0].set_ylim(1.2, -0.3)
     figure.legend(
         [(blue[0], orange[0]), grey[0], samples],
         ["the model's trajectories", "probability flow, exact", "its samples"],
