@@ -114,11 +114,11 @@ def make_network(seed):
     return UViT(
         image_shape=(8, 8, 1),
         patch_size=4,
-        widths=(96,),
+        widths=(128,),
         depths=(4,),
         attention=True,
-        head_width=48,
-        embedding_width=128,
+        head_width=64,
+        embedding_width=64,
         num_classes=10,
         dropout=0.01,
         seed=seed,
@@ -163,8 +163,8 @@ def train(model, data, learning_rate, iterations, callbacks=(), epochs=5):
 def teacher_curves(teacher, noise, labels, evaluate):
     """The teacher's quality over the number of steps, for each sampler."""
     curves, progress = {}, keras.utils.Progbar(2 * sum(TEACHER_STEPS))
-    for sampler in (samplers.ddim, samplers.addim):
-        curves[sampler.__name__] = []
+    for sampler in (samplers.DDIM(), samplers.ADDIM()):
+        curves[_name(sampler)] = []
         for num_steps in TEACHER_STEPS:
             images = teacher.generate(
                 noise=noise,
@@ -173,10 +173,14 @@ def teacher_curves(teacher, noise, labels, evaluate):
                 sampler=sampler,
                 batch_size=500,
             )
-            entry = evaluate(images, labels, sampler.__name__, num_steps)
-            curves[sampler.__name__].append(entry)
+            entry = evaluate(images, labels, _name(sampler), num_steps)
+            curves[_name(sampler)].append(entry)
             progress.add(num_steps, [("distance", entry["frechet_distance"])])
     return curves
+
+
+def _name(sampler):
+    return type(sampler).__name__.lower()
 
 
 def plot_distances(results, path):
@@ -317,7 +321,7 @@ def main(args):
         data(args.seed + 1),
         args.student_learning_rate,
         args.student_iterations,
-        [TeacherStepAnneal(16, 128, args.student_iterations // 2)],
+        [TeacherStepAnneal(16, 512, args.student_iterations // 2)],
     )
     done("student_trained")
 
@@ -371,7 +375,7 @@ def main(args):
             noise=noise[:60],
             labels=wanted[:60],
             num_steps=num_steps,
-            sampler=samplers.ddim,
+            sampler=samplers.DDIM(),
         )
     grid_of[f"student, {STUDENT_STEPS} steps"] = samples
     plot_grids(grid_of, output / "samples.png")
@@ -406,6 +410,6 @@ if __name__ == "__main__":
         choices=("sqrt_snr_plus_one", "snr_plus_one"),
         help="weight of the student's loss over time",
     )
-    parser.add_argument("--student-iterations", type=int, default=2000)
+    parser.add_argument("--student-iterations", type=int, default=3000)
     parser.add_argument("--student-learning-rate", type=float, default=1e-3)
     main(parser.parse_args())

@@ -207,14 +207,14 @@ def main(args):
             f"\nDistilling a student of K = {k}, {args.iterations} iterations"
         )
         models[k] = MultistepConsistencyModel.from_teacher(
-            teacher, k, eta=0.0, seed=args.seed + 1000 * k
+            teacher, student_steps=k, eta=0.0, seed=args.seed + 1000 * k
         )
         anneal = TeacherStepAnneal(8, 128, max(1, args.iterations * 4 // 5))
         train(models[k], 4e-3, args.iterations, [anneal])
         end_points[k] = models[k].generate(noise=noise).ravel()
     models[TEACHER_STEPS] = teacher
     end_points[TEACHER_STEPS] = teacher.generate(
-        noise=noise, num_steps=TEACHER_STEPS, sampler=samplers.ddim
+        noise=noise, num_steps=TEACHER_STEPS, sampler=samplers.DDIM()
     ).ravel()
 
     output = Path(args.output)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 NAME = keras.backend.backend()
@@ -106,13 +107,32 @@ def rewound(seed_states: Sequence[keras.Variable]) -> Iterator[None]:
         state.assign(value)
 
 
+def random_state(*seeds: int) -> np.ndarray:
+    """A state for random draws that needs no variable.
+
+    It lies far from the states of other seeds and from those that follow on
+    them: on PyTorch, Keras adds a state's seed and count, so that neighbouring
+    seeds would draw the same numbers one after the other.
+
+    Args:
+        *seeds: Integers.
+
+    Returns:
+        Seed and count, as a `keras.random.SeedGenerator` holds them.
+    """
+    words = np.random.SeedSequence([seed % 2**64 for seed in seeds])
+    seed = words.generate_state(1)[0] >> 1
+    return np.asarray([seed, 0], "uint32" if NAME == "jax" else "int32")
+
+
 def compile_inference(
     function: Callable[..., Any], variables: Sequence[keras.Variable]
 ) -> Callable[..., Any]:
     """Compiles a function of tensors that reads `variables`.
 
     Args:
-        function: Function of tensors; it assigns nothing.
+        function: Function of tensors, or dictionaries of them; it assigns
+            nothing.
         variables: The variables that it reads. Their values at the time of a
             call count, without recompilation.
 
@@ -129,10 +149,14 @@ def compile_inference(
         return lambda *args: compiled([v.value for v in variables], *args)
     if NAME == "tensorflow":
         graph = tf.function(function, jit_compile=True)
-        return lambda *args: graph(*map(ops.convert_to_tensor, args))
+        return lambda *args: graph(*_as_tensors(args))
 
     def eager(*args):
         with torch.inference_mode():
-            return function(*map(ops.convert_to_tensor, args))
+            return function(*_as_tensors(args))
 
     return eager
+
+
+def _as_tensors(args: Any) -> Any:
+    return keras.tree.map_structure(ops.convert_to_tensor, args)

@@ -1,76 +1,248 @@
-"""Samplers: functions of `(denoise, noise, schedule, num_steps)`.
+"""Samplers: from noise to images in a number of equal steps of time.
 
+Each is called as `sampler(denoise, noise, schedule, num_steps, seed)`.
 `denoise(z, logsnr)` predicts `x` from images `(batch, ...)` at log-SNR
 `(batch,)`. `num_steps` may be a tensor: the loop is then compiled once for
 every number of steps.
+
+A deterministic sampler is an integrator of the probability flow as well: its
+`step_x` says with which `x` DDIM would take the same step. That is what a
+student learns from in distillation.
 """
 
+import random
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
+import keras
 from keras import ops
 
+from keras_mscm import backend
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 from keras_mscm.schedules import NoiseSchedule
 
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Step: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Variance: TypeAlias = Callable[[Tensor], Tensor]
+Integrator: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Denoise], Tensor
+]
 
 
-def _march(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: NoiseSchedule,
-    num_steps: Tensor,
-    step: Step,
-) -> Tensor:
-    """Takes `z_s = step(x, z_t, l_t, l_s)` for t = 1, ..., 1 / num_steps."""
-    batch = ops.ones((ops.shape(noise)[0],), "float32")
-    total = ops.cast(num_steps, "float32")
+class _StepSeed(keras.random.SeedGenerator):
+    """The random state of one step: a tensor, where Keras has a variable.
 
-    def body(i, z):
-        left = total - ops.cast(i, "float32")
-        logsnr_t = batch * schedule(left / total)
-        logsnr_s = batch * schedule((left - 1.0) / total)
-        return step(denoise(z, logsnr_t), z, logsnr_t, logsnr_s)
+    Within a compiled loop nothing can be assigned.
+    """
 
-    return ops.fori_loop(0, num_steps, body, noise)
+    def __init__(self, state: Tensor):
+        self.state = state
+
+    def next(self, ordered: bool = True) -> Tensor:
+        return self.state
 
 
-def ddim(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: NoiseSchedule,
-    num_steps: Tensor,
-) -> Tensor:
-    """DDIM (eq. 4); with a multistep consistency model, algorithm 2.
+class Sampler:
+    """What every sampler shares: the loop over the steps.
 
-    Args:
+    A subclass says what one `step` is. Samplers with equal arguments are
+    equal, and share a compiled loop.
+
+    Call arguments:
         denoise: Function of `(z, logsnr)` that predicts `x`.
         noise: Standard normal `z_1`, `(batch, ...)`.
         schedule: Time to log-SNR; steps are of equal length in its time.
-        num_steps: Number of evaluations of `denoise`, at least 1.
+        num_steps: Number of steps, at least 1.
+        seed: Of a stochastic sampler's noise: an integer, or the state of a
+            `keras.random.SeedGenerator`. None draws one.
 
-    Returns:
+    Call returns:
         `z_0`, `(batch, ...)`.
     """
-    return _march(denoise, noise, schedule, num_steps, F.ddim)
+
+    stochastic: ClassVar[bool] = False
+
+    def step(
+        self,
+        x: Tensor,
+        z_t: Tensor,
+        logsnr_t: Tensor,
+        logsnr_s: Tensor,
+        denoise: Denoise,
+        seed: keras.random.SeedGenerator,
+    ) -> Tensor:
+        """One step from t to s.
+
+        Args:
+            x: Prediction at t, `(batch, ...)`.
+            z_t: Noisy images at t, of the same shape.
+            logsnr_t: Log-SNR at t, `(batch,)`.
+            logsnr_s: Log-SNR at s, `(batch,)`.
+            denoise: Function of `(z, logsnr)`, for more predictions.
+            seed: Random state of this step, for one draw.
+
+        Returns:
+            `z_s`, `(batch, ...)`.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        noise: Tensor,
+        schedule: NoiseSchedule,
+        num_steps: Tensor,
+        seed: Any = None,
+    ) -> Tensor:
+        noise = ops.convert_to_tensor(noise, "float32")
+        batch = ops.ones((ops.shape(noise)[0],), "float32")
+        total = ops.cast(num_steps, "float32")
+        if seed is None:
+            seed = random.randrange(2**31)
+        if not getattr(seed, "shape", ()):  # a number, not a state
+            seed = backend.random_state(seed)
+        seed = ops.convert_to_tensor(seed)
+
+        def body(i, z):
+            left = total - ops.cast(i, "float32")
+            logsnr_t = batch * schedule(left / total)
+            logsnr_s = batch * schedule((left - 1.0) / total)
+            of_step = _StepSeed(
+                ops.stack([seed[0], seed[1] + ops.cast(i, seed.dtype)])
+            )
+            x = denoise(z, logsnr_t)
+            return self.step(x, z, logsnr_t, logsnr_s, denoise, of_step)
+
+        return ops.fori_loop(0, num_steps, body, noise)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, for Keras' serialisation."""
+        serialize = keras.saving.serialize_keras_object
+        return {name: serialize(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Sampler":
+        """The inverse of `get_config`."""
+        deserialize = keras.saving.deserialize_keras_object
+        return cls(**{k: deserialize(value) for k, value in config.items()})
 
 
-def addim(
-    denoise: Denoise,
-    noise: Tensor,
-    schedule: NoiseSchedule,
-    num_steps: Tensor,
-) -> Tensor:
-    """aDDIM (algorithm 3) with the analytic variance `0.1 / (2 + SNR)`.
+@keras.saving.register_keras_serializable(package="keras_mscm")
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """DDIM (eq. 4); with a multistep consistency model, algorithm 2.
 
-    Arguments and result as in `ddim`.
+    Example:
+
+    >>> from keras_mscm.schedules import CosineSchedule
+    >>> white = lambda z, logsnr: ops.ones_like(z)
+    >>> z = DDIM()(white, ops.zeros((1, 2)), CosineSchedule(), 4)
+    >>> [round(float(value), 2) for value in z[0]]
+    [1.0, 1.0]
     """
 
-    def step(x, z_t, logsnr_t, logsnr_s):
-        x_var = F.analytic_x_var(logsnr_t)
-        return F.addim(x, z_t, logsnr_t, logsnr_s, x_var)
+    def step_x(
+        self,
+        x: Tensor,
+        z_t: Tensor,
+        logsnr_t: Tensor,
+        logsnr_s: Tensor,
+        x_var: Tensor,
+        denoise: Denoise,
+    ) -> Tensor:
+        """The `x` for which DDIM takes this integrator's step.
 
-    return _march(denoise, noise, schedule, num_steps, step)
+        Args:
+            x: Prediction at t, `(batch, ...)`.
+            z_t: Noisy images at t, of the same shape.
+            logsnr_t: Log-SNR at t, `(batch,)`.
+            logsnr_s: Log-SNR at s, `(batch,)`.
+            x_var: Posterior variance of `x` per dimension, `(batch,)`.
+            denoise: Function of `(z, logsnr)`, for more predictions.
+
+        Returns:
+            Images, `(batch, ...)`.
+        """
+        return x
+
+    def step(self, x, z_t, logsnr_t, logsnr_s, denoise, seed):
+        x_var = self.x_variance(logsnr_t)
+        x = self.step_x(x, z_t, logsnr_t, logsnr_s, x_var, denoise)
+        return F.ddim(x, z_t, logsnr_t, logsnr_s)
+
+    def x_variance(self, logsnr: Tensor) -> Tensor:
+        """The posterior variance that sampling assumes, `(batch,)`."""
+        return ops.zeros_like(logsnr)
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+@dataclass(frozen=True)
+class ADDIM(DDIM):
+    """Adjusted DDIM (eq. 14, algorithm 3).
+
+    Args:
+        x_var: The posterior variance of `x` per dimension, as a function of
+            log-SNR: analytic, `0.1 / (2 + SNR)`, by default, or empirical, the
+            `x_var` of a model that has measured it
+            (`DiffusionModel.measure_x_var`). In distillation the student says
+            what it is.
+    """
+
+    x_var: Variance = F.analytic_x_var
+
+    def step_x(self, x, z_t, logsnr_t, logsnr_s, x_var, denoise):
+        return F.addim_x(x, z_t, logsnr_t, logsnr_s, x_var)
+
+    def x_variance(self, logsnr):
+        return self.x_var(logsnr)
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+@dataclass(frozen=True)
+class Heun(DDIM):
+    """Heun's second-order steps; two evaluations in each.
+
+    The trapezoidal rule on `d(z / alpha) = epsilon d(sigma / alpha)`, in which
+    DDIM is Euler's (Karras et al., 2022, algorithm 1, in these coordinates).
+    The last step is second-order too: time ends at a little noise, not at
+    none.
+    """
+
+    def step_x(self, x, z_t, logsnr_t, logsnr_s, x_var, denoise):
+        x_s = denoise(F.ddim(x, z_t, logsnr_t, logsnr_s), logsnr_s)
+        return F.heun_x(x, x_s, logsnr_t, logsnr_s)
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+@dataclass(frozen=True)
+class NoisyDDIM(Sampler):
+    """DDIM with Gaussian noise added to each prediction (appendix A.4).
+
+    The perfect sampler of eq. 10 with a normal distribution for `p(x | z_t)`:
+    what aDDIM does to the norm alone, done by noise.
+
+    Args:
+        x_var: As in `ADDIM`.
+    """
+
+    stochastic = True
+    x_var: Variance = F.analytic_x_var
+
+    def step(self, x, z_t, logsnr_t, logsnr_s, denoise, seed):
+        deviation = F.expand(ops.sqrt(self.x_var(logsnr_t)), x)
+        x = x + deviation * keras.random.normal(ops.shape(x), seed=seed)
+        return F.ddim(x, z_t, logsnr_t, logsnr_s)
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+@dataclass(frozen=True)
+class DDPM(Sampler):
+    """Ancestral sampling: `z_s ~ q(z_s | z_t, x)` (eq. 1)."""
+
+    stochastic = True
+
+    def step(self, x, z_t, logsnr_t, logsnr_s, denoise, seed):
+        mean, variance = F.posterior(x, z_t, logsnr_t, logsnr_s)
+        noise = keras.random.normal(ops.shape(x), seed=seed)
+        return mean + ops.sqrt(variance) * noise

@@ -22,6 +22,7 @@ class NoiseSchedule:
 
     A subclass says `logsnr = schedule(t)`, strictly falling in t and finite at
     both ends: at t = 0 there is next to no noise, at t = 1 next to no signal.
+    Schedules of equal arguments are equal.
 
     Call arguments:
         t: Times in [0, 1], of any shape.
@@ -41,6 +42,14 @@ class NoiseSchedule:
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
         """The inverse of `get_config`."""
         return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and (
+            self.get_config() == other.get_config()
+        )
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.get_config().items()))
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")

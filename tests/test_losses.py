@@ -1,11 +1,13 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_mscm import losses
+from keras_mscm import DiffusionModel, losses
 
-SHAPE = (5, 4, 3, 2)
+SHAPE = (5, 4, 8, 2)
 
 
 def images():
@@ -23,13 +25,48 @@ def pseudo_huber(y_true, y_pred, huber_epsilon=1e-4):
     return np.sqrt(square + huber_epsilon**2) - huber_epsilon
 
 
+def pooled(images):
+    """2x2 average pooling."""
+    quarters = [images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    return np.mean(quarters, axis=0)
+
+
+def multiscale(each, num_poolings):
+    """Hoogeboom et al. (2023): weights 1 / s, here relative to the first."""
+
+    def reference(y_true, y_pred):
+        side, total = y_true.shape[1], each(y_true, y_pred)
+        y_true, y_pred = y_true.astype("float64"), y_pred.astype("float64")
+        for _ in range(num_poolings):
+            y_true, y_pred = pooled(y_true), pooled(y_pred)
+            total += side / y_true.shape[1] * each(y_true, y_pred)
+        return total
+
+    return reference
+
+
 LOSSES = {
     "squared_l2": (losses.SquaredL2, {}, mean_square),
+    "l2": (
+        losses.L2,
+        {},
+        lambda y_true, y_pred: np.sqrt(mean_square(y_true, y_pred)),
+    ),
     "pseudo_huber": (losses.PseudoHuber, {}, pseudo_huber),
     "pseudo_huber_1": (
         losses.PseudoHuber,
         {"huber_epsilon": 1.0},
         lambda y_true, y_pred: pseudo_huber(y_true, y_pred, 1.0),
+    ),
+    "multiscale": (
+        losses.Multiscale,
+        {"loss": losses.SquaredL2()},
+        multiscale(mean_square, 1),
+    ),
+    "multiscale_2": (
+        losses.Multiscale,
+        {"loss": losses.PseudoHuber(0.1), "num_poolings": 2},
+        multiscale(lambda a, b: pseudo_huber(a, b, 0.1), 2),
     ),
 }
 every_loss = pytest.mark.parametrize(
@@ -106,6 +143,82 @@ def test_loss_serialisation(cls, config, reference):
     np.testing.assert_array_equal(loaded(y_true, y_pred), loss(y_true, y_pred))
 
 
+def gradient(function, at):
+    """The gradient of a scalar function of a tensor, on any backend."""
+    variable = keras.Variable(at)
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.at = variable
+
+        def call(self, inputs):
+            return function(self.at)[None] + 0.0 * inputs
+
+    class Mean(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return y_pred
+
+    model = Model()
+    model.compile(keras.optimizers.SGD(1.0), Mean())
+    zero = np.zeros(1, "float32")
+    model.fit(zero, zero, verbose=0)
+    return at - ops.convert_to_numpy(variable)
+
+
+# A difference so small that its square is no normal float32, too.
+@pytest.mark.parametrize("difference", [0.0, 1e-20, 1e-4, 2.0])
+@every_loss
+def test_gradient(cls, config, reference, difference):
+    zeros, loss = np.zeros((1, 4, 4, 1), "float32"), cls(**config)
+    at = zeros + np.float32(difference)
+    got = gradient(lambda y_pred: loss(zeros, y_pred), at)
+    assert np.all(np.isfinite(got))
+    step = 1e-4 * difference
+    slope = 0.0
+    if difference > 1e-10:
+        ends = at.astype("float64") + step, at.astype("float64") - step
+        above, below = (reference(zeros, end)[0] for end in ends)
+        slope = (above - below) / (2 * step)
+    # The slope along (1, ..., 1); SGD has subtracted it, in float32.
+    np.testing.assert_allclose(got.sum(), slope, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["squared_l2", "pseudo_huber", "l2"])
+def test_multiscale_does_not_see_what_pooling_takes_away(name):
+    # A checkerboard is gone after one pooling, an even shift never is.
+    cls, config, reference = LOSSES[name]
+    loss = losses.Multiscale(cls(**config), num_poolings=3, reduction=None)
+    zeros = np.zeros((1, 8, 16, 1), "float32")
+    board = np.where(np.indices((8, 16)).sum(0) % 2, 0.7, -0.7)
+    board = np.float32(board)[None, ..., None]
+    once = reference(zeros, board)
+    np.testing.assert_allclose(loss(zeros, board), once, rtol=5e-6)
+    even = np.full_like(board, 0.7)
+    np.testing.assert_allclose(loss(zeros, even), 15 * once, rtol=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8, 1), (2, 8, 6, 1), (2, 8, 8)])
+def test_multiscale_of_sides_it_cannot_halve(shape):
+    loss = losses.Multiscale(losses.L2(), num_poolings=2)
+    images = np.zeros(shape, "float32")
+    with pytest.raises(ValueError, match="multiples of 4") as error:
+        loss(images, images)
+    assert str(shape) in str(error.value)
+
+
+def test_bad_multiscale_arguments():
+    for num_poolings in (0, -1, 1.5, True, None):
+        with pytest.raises(ValueError, match=f"num_poolings={num_poolings}"):
+            losses.Multiscale(losses.L2(), num_poolings)
+    with pytest.raises(ValueError, match="loss='mse'"):
+        losses.Multiscale("mse")
+    per_pixel = losses.Multiscale(keras.losses.MeanSquaredError())
+    images = np.zeros((2, 4, 4, 1), "float32")
+    with pytest.raises(ValueError, match="one value per example"):
+        per_pixel(images, images)
+
+
 def test_pseudo_huber_between_l2_and_its_square():
     zeros = np.zeros((3, 8, 8, 1), "float32")
     root = np.float32([0.5, 1.0, 2.0])
@@ -125,14 +238,65 @@ def test_pseudo_huber_of_a_bad_epsilon(huber_epsilon):
         losses.PseudoHuber(huber_epsilon)
 
 
-def test_weightings():
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+WEIGHTINGS = {
+    "snr_plus_one": (losses.snr_plus_one, lambda x: np.exp(x) + 1),
+    "sqrt_snr_plus_one": (
+        losses.sqrt_snr_plus_one,
+        lambda x: np.sqrt(np.exp(x) + 1),
+    ),
+    "truncated_snr": (
+        losses.truncated_snr,
+        lambda x: np.maximum(np.exp(x), 1),
+    ),
+    "uniform": (losses.uniform, np.ones_like),
+    "sigmoid_-3": (
+        losses.SigmoidWeighting(-3),
+        lambda x: np.exp(x) * sigmoid(-3 - x),
+    ),
+    "sigmoid_2.5": (
+        losses.SigmoidWeighting(bias=2.5),
+        lambda x: np.exp(x) * sigmoid(2.5 - x),
+    ),
+}
+every_weighting = pytest.mark.parametrize(
+    ("weighting", "reference"), WEIGHTINGS.values(), ids=WEIGHTINGS
+)
+
+
+@every_weighting
+def test_weighting(weighting, reference):
     logsnr = np.linspace(-20, 20, 41).astype("float32")
-    snr = np.exp(logsnr.astype("float64"))
-    tensor = ops.convert_to_tensor(logsnr)
-    got = losses.snr_plus_one(tensor)
-    np.testing.assert_allclose(got, snr + 1, rtol=1e-6)
-    got = losses.sqrt_snr_plus_one(tensor)
-    np.testing.assert_allclose(got, np.sqrt(snr + 1), rtol=1e-6)
+    got = weighting(ops.convert_to_tensor(logsnr))
+    assert tuple(got.shape) == (41,)
+    assert keras.backend.standardize_dtype(got.dtype) == "float32"
+    expected = reference(logsnr.astype("float64"))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_sigmoid_weighting_has_no_overflow():
+    logsnr = ops.convert_to_tensor([-1e4, -200.0, 200.0, 1e4])
+    got = losses.SigmoidWeighting(3.0)(logsnr)
+    np.testing.assert_allclose(got, [0, 0, np.e**3, np.e**3], rtol=1e-6)
+    for bias in (-80, 80):
+        weight = losses.SigmoidWeighting(bias)(logsnr)
+        assert np.all(np.isfinite(ops.convert_to_numpy(weight)))
+
+
+@pytest.mark.parametrize("bias", [float("nan"), 81, -1e3, "1", None, True])
+def test_sigmoid_weighting_of_a_bad_bias(bias):
+    with pytest.raises(ValueError, match=r"`bias` must be a number in"):
+        losses.SigmoidWeighting(bias)
+
+
+def test_sigmoid_weightings_are_equal_by_bias():
+    one, two = losses.SigmoidWeighting(1), losses.SigmoidWeighting(1.0)
+    assert one == two
+    assert len({one, two, losses.SigmoidWeighting(2)}) == 2
+    assert one != losses.uniform
 
 
 def test_weighted_losses_are_the_v_loss():
@@ -150,9 +314,69 @@ def test_weighted_losses_are_the_v_loss():
     np.testing.assert_allclose(got, np.sqrt(mean_square(v, v_hat)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "weighting", [losses.snr_plus_one, losses.sqrt_snr_plus_one]
-)
-def test_weightings_are_serialisable(weighting):
-    stored = keras.saving.serialize_keras_object(weighting)
-    assert keras.saving.deserialize_keras_object(stored) is weighting
+@every_weighting
+def test_a_weighting_is_its_model_s_again(weighting, reference):
+    serialize = keras.saving.serialize_keras_object
+    deserialize = keras.saving.deserialize_keras_object
+    loaded = deserialize(serialize(weighting))
+    assert loaded == weighting
+    if weighting is not loaded:
+        assert hash(loaded) == hash(weighting)
+
+    model = DiffusionModel(
+        channel_network(), image_shape=(4, 4, 1), weighting=weighting
+    )
+    loaded = deserialize(serialize(model))
+    assert loaded.weighting == weighting
+    assert serialize(loaded.weighting) == serialize(weighting)
+
+
+def channel_network():
+    """The smallest network that one can train: a dense layer over channels."""
+    z = keras.Input((4, 4, 1), name="z")
+    logsnr = keras.Input((), name="logsnr")
+    return keras.Model(
+        {"z": z, "logsnr": logsnr}, keras.layers.Dense(1)(z), name="channel"
+    )
+
+
+COMBINATIONS = [
+    *itertools.product(
+        ["squared_l2", "l2", "pseudo_huber", "multiscale_2"],
+        ["snr_plus_one", "sqrt_snr_plus_one", "truncated_snr", "uniform"],
+    ),
+    *itertools.product(["squared_l2", "multiscale"], ["sigmoid_-3"]),
+]
+
+
+@pytest.mark.parametrize("prediction_type", ["v", "x", "epsilon"])
+@pytest.mark.parametrize(("loss", "weighting"), COMBINATIONS)
+def test_training_stays_finite(loss, weighting, prediction_type):
+    cls, config, _ = LOSSES[loss]
+    model = DiffusionModel(
+        channel_network(),
+        image_shape=(4, 4, 1),
+        prediction_type=prediction_type,
+        weighting=WEIGHTINGS[weighting][0],
+        seed=0,
+    )
+    model.compile(keras.optimizers.Adam(1e-3), cls(**config))
+    images = np.random.default_rng(0).uniform(-1, 1, (16, 4, 4, 1))
+    before = model.network.get_weights()
+    history = model.fit(images, batch_size=8, epochs=2, verbose=0).history
+    assert np.all(np.isfinite(history["loss"]))
+    for old, new in zip(before, model.network.get_weights()):
+        assert np.all(np.isfinite(new))
+        assert np.all(old != new)
+
+
+def test_multiscale_is_compiled_into_the_model_s_file(tmp_path):
+    model = DiffusionModel(channel_network(), image_shape=(4, 4, 1))
+    model.compile("adam", losses.Multiscale(losses.PseudoHuber(0.3), 2))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.loss.get_config() == model.loss.get_config()
+    assert loaded.loss.loss.huber_epsilon == 0.3
+    # What the images don't allow is known before training.
+    with pytest.raises(ValueError, match="num_poolings=3"):
+        model.compile("adam", losses.Multiscale(losses.L2(), 3))

@@ -110,7 +110,7 @@ def flow_end():
 
 def test_ddim_solves_the_probability_flow_to_first_order(flow_end):
     error = [
-        np.abs(sample(samplers.ddim, n) - flow_end).max()
+        np.abs(sample(samplers.DDIM(), n) - flow_end).max()
         for n in (32, 64, 128, 256)
     ]
     ratios = np.divide(error[:-1], error[1:])
@@ -122,8 +122,8 @@ def test_addim_tends_to_ddim_and_to_the_flow(flow_end):
     # By half for four times the steps, not by a quarter: these data fill
     # space, so epsilon_hat goes to 0 with sigma, and in the last sqrt(N) steps
     # what aDDIM adds is no longer small beside it.
-    addim = [sample(samplers.addim, n) for n in (16, 64, 256, 1024)]
-    ddim = [sample(samplers.ddim, n) for n in (16, 64, 256, 1024)]
+    addim = [sample(samplers.ADDIM(), n) for n in (16, 64, 256, 1024)]
+    ddim = [sample(samplers.DDIM(), n) for n in (16, 64, 256, 1024)]
     apart = np.array([np.abs(a - b).max() for a, b in zip(addim, ddim)])
     ratios = apart[:-1] / apart[1:]
     assert np.all((ratios > 1.8) & (ratios < 2.2))
@@ -154,8 +154,8 @@ def paper_sample(num_steps, schedule, x_var):
 def test_samplers_are_their_algorithms(num_steps, schedule):
     # Algorithm 2 is algorithm 3 without the variance.
     variances = {
-        samplers.ddim: lambda logsnr: 0.0,
-        samplers.addim: lambda logsnr: 0.1 / (2 + np.exp(logsnr)),
+        samplers.DDIM(): lambda logsnr: 0.0,
+        samplers.ADDIM(): lambda logsnr: 0.1 / (2 + np.exp(logsnr)),
     }
     for sampler, x_var in variances.items():
         got = sample(sampler, num_steps, schedule)
@@ -163,7 +163,7 @@ def test_samplers_are_their_algorithms(num_steps, schedule):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.addim])
+@pytest.mark.parametrize("sampler", [samplers.DDIM(), samplers.ADDIM()])
 def test_the_number_of_steps_may_be_a_tensor(sampler):
     expected = sample_eagerly(sampler, 4)
     got = sample_eagerly(sampler, ops.convert_to_tensor(4, "int32"))
@@ -176,7 +176,7 @@ def test_the_loop_is_compiled_once():
 
     def generate(noise, num_steps):
         traces.append(num_steps)
-        return samplers.ddim(lambda z, _: z, noise, SCHEDULE, num_steps)
+        return samplers.DDIM()(lambda z, _: z, noise, SCHEDULE, num_steps)
 
     compiled = backend.compile_inference(generate, [])
     for num_steps in (1, 3, 8):
@@ -184,7 +184,7 @@ def test_the_loop_is_compiled_once():
     assert len(traces) == (3 if backend.NAME == "torch" else 1)
 
 
-@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.addim])
+@pytest.mark.parametrize("sampler", [samplers.DDIM(), samplers.ADDIM()])
 def test_samplers_keep_shape_and_take_images(sampler):
     noise = np.random.default_rng(0).standard_normal((3, 4, 4, 1), "float32")
     noise = ops.convert_to_tensor(noise)
@@ -203,7 +203,7 @@ def test_samplers_keep_shape_and_take_images(sampler):
 @pytest.mark.parametrize("num_steps", [1, 2, 9])
 def test_ddim_with_a_prediction_that_stays_ends_there(num_steps):
     x = ops.full(NOISE.shape, 0.7)
-    got = sample_eagerly(samplers.ddim, num_steps, lambda z, logsnr: x)
+    got = sample_eagerly(samplers.DDIM(), num_steps, lambda z, logsnr: x)
     # alpha_0 x, and of the noise as much as sigma_0 = 5.5e-4.
     alpha_0, sigma_0 = (1 + np.exp(-15)) ** -0.5, (1 + np.exp(15)) ** -0.5
     expected = alpha_0 * 0.7 + sigma_0 * (NOISE - sigma_0 * 0.7)

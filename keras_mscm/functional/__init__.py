@@ -11,11 +11,13 @@ from keras_mscm.functional.ddim import (
     addim_x,
     analytic_x_var,
     ddim,
+    heun_x,
     inverse_ddim,
 )
 from keras_mscm.functional.process import (
     add_noise,
     alpha,
+    expand,
     posterior,
     predict_epsilon,
     predict_x,
@@ -30,6 +32,8 @@ __all__ = [
     "analytic_x_var",
     "consistency_target",
     "ddim",
+    "expand",
+    "heun_x",
     "inverse_ddim",
     "posterior",
     "predict_epsilon",

@@ -1,4 +1,4 @@
-"""DDIM, its inverse and aDDIM (eq. 4, 5 and 14, algorithm 3).
+"""DDIM, its inverse, aDDIM and Heun (eq. 4, 5 and 14, algorithm 3).
 
 All are one linear map, `z_s = r z_t + c x` with `r = sigma_s / sigma_t` and
 `c = alpha_s - alpha_t r`. As `s -> t` the two terms of `c` cancel, and the
@@ -6,6 +6,7 @@ inverse divides by it; `c = -alpha_s expm1((l_t - l_s) / 2)` is the same number
 with all its digits.
 """
 
+import keras
 from keras import ops
 
 from keras_mscm.functional.process import (
@@ -64,6 +65,7 @@ def inverse_ddim(
     return (z_s - kept * z_t) / _x_coefficient(logsnr_t, logsnr_s)
 
 
+@keras.saving.register_keras_serializable(package="keras_mscm")
 def analytic_x_var(logsnr: Tensor) -> Tensor:
     """`Var[x | z_t]` per dimension, `0.1 / (2 + SNR)` (section 3.2)."""
     return 0.1 / (2.0 + ops.exp(logsnr))
@@ -123,3 +125,29 @@ def addim(
     """
     x = addim_x(x, z_t, logsnr_t, logsnr_s, x_var)
     return ddim(x, z_t, logsnr_t, logsnr_s)
+
+
+def heun_x(
+    x_t: Tensor, x_s: Tensor, logsnr_t: Tensor, logsnr_s: Tensor
+) -> Tensor:
+    """The `x` for which DDIM takes Heun's step.
+
+    With `y = z / alpha` and `tau = sigma / alpha`, DDIM is Euler's method for
+    `dy / dtau = epsilon`, and Heun's takes the mean of the slopes at t and at
+    the s that DDIM reaches. Moved into `x` that is
+
+        x_t + tau_t / (2 tau_s) (x_s - x_t),  tau_t / tau_s = exp((l_s - l_t) / 2)
+
+    (Karras et al., 2022, algorithm 1).
+
+    Args:
+        x_t: Prediction at t, `(batch, ...)`.
+        x_s: Prediction at s, from the `z_s` that DDIM reaches with `x_t`.
+        logsnr_t: Log-SNR at t, `(batch,)`.
+        logsnr_s: Log-SNR at s, `(batch,)`.
+
+    Returns:
+        Images, `(batch, ...)`.
+    """
+    ratio = expand(ops.exp((logsnr_s - logsnr_t) / 2), x_t)
+    return x_t + ratio / 2 * (x_s - x_t)

@@ -2,6 +2,16 @@
 
 from keras_mscm.models.base import DenoisingModel
 from keras_mscm.models.diffusion import DiffusionModel
+from keras_mscm.models.guidance_distillation import GuidanceDistillationModel
 from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
+from keras_mscm.models.progressive_distillation import (
+    ProgressiveDistillationModel,
+)
 
-__all__ = ["DenoisingModel", "DiffusionModel", "MultistepConsistencyModel"]
+__all__ = [
+    "DenoisingModel",
+    "DiffusionModel",
+    "GuidanceDistillationModel",
+    "MultistepConsistencyModel",
+    "ProgressiveDistillationModel",
+]

@@ -1,6 +1,7 @@
 """What every training algorithm here shares."""
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -16,8 +17,15 @@ from keras_mscm.models.finite_loss import FiniteLoss
 from keras_mscm.samplers import Denoise
 from keras_mscm.schedules import CosineSchedule, NoiseSchedule
 
+Conditioning = dict[str, Tensor]
 Example = tuple[dict[str, Tensor], Tensor, Tensor]
-Sampler = Callable[[Denoise, Tensor, NoiseSchedule, Tensor], Tensor]
+Sampler = Callable[[Denoise, Tensor, NoiseSchedule, Tensor, Tensor], Tensor]
+
+CONDITIONING_DTYPES = {
+    "labels": "int32",
+    "context": "float32",
+    "context_mask": "bool",
+}
 
 
 def clone_network(
@@ -36,7 +44,7 @@ def clone_network(
         clone(
             {
                 key: keras.KerasTensor(
-                    shape, "int32" if key == "labels" else "float32"
+                    shape, CONDITIONING_DTYPES.get(key, "float32")
                 )
                 for key, shape in shapes.items()
             }
@@ -64,8 +72,9 @@ class DenoisingModel(keras.Model):
     `ema_network`; `generate`, `evaluate` and `predict` use it.
 
     Args:
-        network: Keras layer or model of `{"z", "logsnr"[, "labels"]}` (see
-            `UViT`) that returns a tensor of the shape of `z`.
+        network: Keras layer or model of `{"z", "logsnr"[, "labels"][,
+            "context", "context_mask"]}` (see `UViT`) that returns a tensor of
+            the shape of `z`.
         schedule: Noise schedule; `CosineSchedule()` by default.
         prediction_type: What the network predicts: `"v"`, `"x"` or
             `"epsilon"`.
@@ -74,14 +83,23 @@ class DenoisingModel(keras.Model):
         image_shape: Height, width and channels; `network.image_shape` by
             default.
         num_classes: Number of classes; `network.num_classes` by default, if it
-            has one.
+            has one. With it the network takes labels.
+        context_width: Width of the vectors of a sequence conditioning;
+            `network.context_width` by default, if it has one.
+        label_dropout: Probability, in [0, 1), with which an image is trained
+            on without its conditioning, as classifier-free guidance needs it
+            (Ho & Salimans, 2022): the network then sees the label
+            `num_classes` and a `context_mask` of False.
         ema_decay: Decay of the moving average per update, in [0, 1). Early on
             `(1 + i) / (10 + i)` holds where it is smaller.
+        ema_half_life: The moving average's half-life in images, instead of
+            `ema_decay`: independent of the batch size.
         seed: Seed of times and noise. None draws one.
         **kwargs: As for any Keras model.
 
     Call arguments:
-        inputs: `{"z", "logsnr"[, "labels"]}`, as the network takes them.
+        inputs: `{"z", "logsnr"}` and the conditioning, as the network takes
+            them.
         training: Whether to run the trained network with its dropout, or the
             moving average without.
 
@@ -104,7 +122,10 @@ class DenoisingModel(keras.Model):
         weighting: Callable[[Tensor], Tensor] | None = None,
         image_shape: tuple[int, int, int] | None = None,
         num_classes: int | None = None,
+        context_width: int | None = None,
+        label_dropout: float = 0.0,
         ema_decay: float = 0.9999,
+        ema_half_life: float | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -113,6 +134,14 @@ class DenoisingModel(keras.Model):
         )
         below_1 = math.nextafter(1, 0)
         checks.check_number("ema_decay", ema_decay, 0, "in [0, 1)", below_1)
+        checks.check_number(
+            "label_dropout", label_dropout, 0, "in [0, 1)", below_1
+        )
+        if ema_half_life is not None:
+            above_0 = math.nextafter(0, 1)
+            checks.check_number(
+                "ema_half_life", ema_half_life, above_0, "positive"
+            )
         if weighting is not None and not callable(weighting):
             raise ValueError(
                 "`weighting` must be a function of log-SNR, as those of "
@@ -135,10 +164,15 @@ class DenoisingModel(keras.Model):
         self.weighting = weighting or type(self).default_weighting
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes or getattr(network, "num_classes", None)
-        self.ema_decay = ema_decay
+        self.context_width = context_width or getattr(
+            network, "context_width", None
+        )
+        self.label_dropout = label_dropout
+        self._check_label_dropout()
+        self.ema_decay, self.ema_half_life = ema_decay, ema_half_life
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self._compiled_samplers: dict[Sampler, Callable] = {}
+        self._compiled_samplers: dict[tuple, Callable] = {}
 
         self._check_network()
         self.ema_network = clone_network(network, f"{network.name}_ema")
@@ -157,8 +191,14 @@ class DenoisingModel(keras.Model):
             "z": keras.KerasTensor((None, *self.image_shape), "float32"),
             "logsnr": keras.KerasTensor((None,), "float32"),
         }
-        if self.num_classes:
-            symbolic["labels"] = keras.KerasTensor((None,), "int32")
+        shapes = {
+            "labels": (None,),
+            "context": (None, None, self.context_width),
+            "context_mask": (None, None),
+        }
+        for name in self.conditioning_names:
+            dtype = CONDITIONING_DTYPES[name]
+            symbolic[name] = keras.KerasTensor(shapes[name], dtype)
         shape = tuple(self.network(symbolic).shape[1:])
         if shape != self.image_shape:
             raise ValueError(
@@ -166,10 +206,23 @@ class DenoisingModel(keras.Model):
                 f"{self.image_shape}. Received: a network that returns {shape}"
             )
 
+    @property
+    def conditioning_names(self) -> list[str]:
+        """What the network takes besides noisy images and their log-SNR."""
+        context = ["context", "context_mask"] if self.context_width else []
+        return (["labels"] if self.num_classes else []) + context
+
+    def _check_label_dropout(self) -> None:
+        if self.label_dropout and not self.conditioning_names:
+            raise ValueError(
+                "`label_dropout` must be 0 for a network without conditioning. "
+                f"Received: label_dropout={self.label_dropout}"
+            )
+
     # Training: one step for every algorithm.
 
     def training_example(
-        self, images: Tensor, labels: Tensor | None, training: bool
+        self, images: Tensor, conditioning: Conditioning, training: bool
     ) -> Example:
         """Turns images into a supervised problem; what a subclass is about.
 
@@ -178,7 +231,9 @@ class DenoisingModel(keras.Model):
 
         Args:
             images: `(batch, height, width, channels)`, in [-1, 1].
-            labels: `(batch,)` integers, or None.
+            conditioning: What the network takes besides (see
+                `conditioning_names`); the network's inputs are `{"z",
+                "logsnr", **conditioning}`.
             training: False in evaluation.
 
         Returns:
@@ -206,8 +261,9 @@ class DenoisingModel(keras.Model):
             logs, state = super().train_step(tuple(state), example)
         else:
             logs = super().train_step(example)
+        batch = ops.shape(example[1])[0]
         _, state = backend.run_with_state(
-            lambda: self._after_update(before), self, state
+            lambda: self._after_update(before, batch), self, state
         )
         return (logs, tuple(state)) if state else logs
 
@@ -227,18 +283,40 @@ class DenoisingModel(keras.Model):
             data
         )
         images = ops.cast(images, "float32")
-        if labels is not None:
-            labels = ops.cast(labels, "int32")
-        inputs, target, weight = self.training_example(images, labels, training)
+        conditioning = checks.as_conditioning(labels)
+        conditioning = {
+            name: ops.cast(value, CONDITIONING_DTYPES[name])
+            for name, value in conditioning.items()
+        }
+        if training and self.label_dropout:
+            conditioning = self._drop_labels(conditioning)
+        inputs, target, weight = self.training_example(
+            images, conditioning, training
+        )
         if sample_weight is not None:
             weight = weight * ops.cast(sample_weight, "float32")
         return inputs, target, weight
 
-    def _after_update(self, before: Tensor) -> None:
+    def _drop_labels(self, conditioning: Conditioning) -> Conditioning:
+        """Leaves each example's conditioning out, or not, as a whole."""
+        batch = ops.shape(next(iter(conditioning.values())))[:1]
+        draw = keras.random.uniform(batch, seed=self.seed_generator)
+        dropped, absent = draw < self.label_dropout, self.absent(conditioning)
+        return {
+            name: ops.where(process.expand(dropped, value), absent[name], value)
+            for name, value in conditioning.items()
+        }
+
+    def _after_update(self, before: Tensor, batch: Tensor) -> None:
         # 0 for all but the last of the batches of a gradient accumulation.
         updates = self.optimizer.iterations - before
         i = ops.cast(self.iteration, "float32")
-        decay = ops.minimum(self.ema_decay, (1.0 + i) / (10.0 + i))
+        decay = self.ema_decay
+        if self.ema_half_life:
+            images = batch * (self.optimizer.gradient_accumulation_steps or 1)
+            half_lives = ops.cast(images, "float32") / self.ema_half_life
+            decay = ops.power(0.5, half_lives)
+        decay = ops.minimum(decay, (1.0 + i) / (10.0 + i))
         rate = (1.0 - decay) * ops.cast(updates, "float32")
         for average, weight in zip(
             self.ema_network.weights, self.network.weights, strict=True
@@ -259,7 +337,7 @@ class DenoisingModel(keras.Model):
         network: keras.Layer,
         z: Tensor,
         logsnr: Tensor,
-        labels: Tensor | None = None,
+        conditioning: Conditioning | None = None,
         training: bool = False,
     ) -> Tensor:
         """Predicts `x` from noisy images, in float32.
@@ -268,88 +346,186 @@ class DenoisingModel(keras.Model):
             network: `self.network` or `self.ema_network`.
             z: Noisy images, `(batch, height, width, channels)`.
             logsnr: Their log-SNR, `(batch,)`.
-            labels: `(batch,)` integers, with a network that has classes.
+            conditioning: What the network takes besides, each of the length
+                of the batch.
             training: Whether dropout is on.
 
         Returns:
             Predicted images, of the shape of `z`.
         """
-        inputs = {"z": z, "logsnr": logsnr}
-        if self.num_classes:
-            inputs["labels"] = labels
+        inputs = {"z": z, "logsnr": logsnr, **(conditioning or {})}
         output = ops.cast(network(inputs, training=training), "float32")
         return process.predict_x(output, z, logsnr, self.prediction_type)
+
+    def absent(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning of the same shape that says nothing."""
+        nothing = {"labels": self.num_classes, "context_mask": False}
+        return {
+            name: ops.full_like(value, nothing[name])
+            if name in nothing
+            else value
+            for name, value in conditioning.items()
+        }
+
+    def denoise_guided(
+        self,
+        network: keras.Layer,
+        z: Tensor,
+        logsnr: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts `x` with classifier-free guidance, in one batched call.
+
+        `x = x_unconditional + guidance_scale (x_conditional -
+        x_unconditional)`, which for `x` and for epsilon is the same (Ho &
+        Salimans, 2022).
+
+        Args:
+            network: `self.network` or `self.ema_network`.
+            z: Noisy images, `(batch, height, width, channels)`.
+            logsnr: Their log-SNR, `(batch,)`.
+            conditioning: What the network takes besides.
+            guidance_scale: 1 for the conditional prediction, 0 for the
+                unconditional, more for guidance. The paper's is less by 1.
+
+        Returns:
+            The guided prediction and the conditional one, of the shape of `z`.
+        """
+        without = self.absent(conditioning)
+        both = {
+            name: ops.concatenate([conditioning[name], without[name]])
+            for name in conditioning
+        }
+        twice = ops.concatenate([z, z]), ops.concatenate([logsnr, logsnr])
+        x = self.denoise(network, *twice, both)
+        conditional, unconditional = ops.split(x, 2)
+        step = guidance_scale * (conditional - unconditional)
+        return unconditional + step, conditional
 
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
-        names = (
-            ["labels", "logsnr", "z"] if self.num_classes else ["logsnr", "z"]
-        )
+        names = sorted(["logsnr", "z", *self.conditioning_names])
         if not isinstance(inputs, dict) or sorted(inputs) != names:
             came = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
             raise ValueError(
                 f"`inputs` must be a dictionary of {names}. Received: {came}"
             )
+        conditioning = {name: inputs[name] for name in self.conditioning_names}
         network = self.network if training else self.ema_network
-        return self.denoise(network, **inputs, training=bool(training))
+        return self.denoise(
+            network,
+            inputs["z"],
+            inputs["logsnr"],
+            conditioning,
+            training=bool(training),
+        )
 
     def _generate(
         self,
         sampler: Sampler,
         num_steps: int,
+        *,
         num_images: int | None,
-        labels: Any,
+        conditioning: dict[str, Any],
         noise: Any,
         seed: int | None,
         batch_size: int | None,
+        schedule: NoiseSchedule | None = None,
+        guidance_scale: float | None = None,
     ) -> np.ndarray:
         """`generate` with any sampler, in batches of one compiled shape."""
         checks.check_positive_integer("num_steps", num_steps)
         if not callable(sampler):
             raise ValueError(
-                "`sampler` must be a function of (denoise, noise, schedule, "
-                "num_steps), as those of `keras_mscm.samplers`. Received: "
+                "`sampler` must be one of `keras_mscm.samplers` or a function "
+                "of (denoise, noise, schedule, num_steps, seed). Received: "
                 f"sampler={sampler!r}"
             )
-        noise, labels = self._sampling_inputs(num_images, labels, noise, seed)
-        num_images = len(labels)
+        schedule = self.schedule if schedule is None else schedule
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(
+                "`schedule` must be one of `keras_mscm.schedules`. Received: "
+                f"schedule={schedule!r}"
+            )
+        if guidance_scale is not None:
+            checks.check_number(
+                "guidance_scale", guidance_scale, 0, "a number of at least 0"
+            )
+            self._check_guidable("guidance_scale", guidance_scale)
+        noise, conditioning = self._sampling_inputs(
+            num_images, conditioning, noise, seed
+        )
+        num_images = noise.shape[0]
         if batch_size is None:
             batch_size = min(num_images, 128)
         checks.check_positive_integer("batch_size", batch_size)
 
-        if sampler not in self._compiled_samplers:
+        key = (sampler, schedule, guidance_scale is None)
+        if key not in self._compiled_samplers:
+            self._compiled_samplers[key] = self._compile_sampler(*key)
+        run = self._compiled_samplers[key]
 
-            def run(noise, labels, num_steps):
-                def denoise(z, logsnr):
-                    return self.denoise(self.ema_network, z, logsnr, labels)
-
-                return sampler(denoise, noise, self.schedule, num_steps)
-
-            self._compiled_samplers[sampler] = backend.compile_inference(
-                run, self.ema_network.variables
-            )
-        run = self._compiled_samplers[sampler]
-
+        if seed is None:
+            seed = random.randrange(2**31)
+        scale, steps = np.float32(guidance_scale or 0), np.int32(num_steps)
         batches = []
-        steps = np.int32(num_steps)
         for begin in range(0, num_images, batch_size):
             # Wrap around, so that the last batch has the compiled shape too.
             places = np.arange(begin, begin + batch_size) % num_images
-            images = run(ops.take(noise, places, axis=0), labels[places], steps)
+            images = run(
+                ops.take(noise, places, axis=0),
+                {name: part[places] for name, part in conditioning.items()},
+                steps,
+                backend.random_state(seed, begin),
+                scale,
+            )
             batches.append(ops.convert_to_numpy(images))
         return np.clip(np.concatenate(batches)[:num_images], -1.0, 1.0)
 
-    def _sampling_inputs(self, num_images, labels, noise, seed):
-        """Noise and labels for `num_images`, from whatever was given."""
+    def _compile_sampler(
+        self, sampler: Sampler, schedule: NoiseSchedule, unguided: bool
+    ) -> Callable:
+        network = self.ema_network
+
+        def run(noise, conditioning, num_steps, seed, scale):
+            def denoise(z, logsnr):
+                if unguided:
+                    return self.denoise(network, z, logsnr, conditioning)
+                inputs = network, z, logsnr, conditioning, scale
+                return self.denoise_guided(*inputs)[0]
+
+            return sampler(denoise, noise, schedule, num_steps, seed)
+
+        return backend.compile_inference(run, self._sampling_variables())
+
+    def _sampling_variables(self) -> list[keras.Variable]:
+        """What a sampler may read."""
+        return self.ema_network.variables
+
+    def _check_guidable(self, name: str, value: Any) -> None:
+        if not self.label_dropout:
+            raise ValueError(
+                f"`{name}` must not be given: guidance needs a model that was "
+                "trained with label_dropout > 0 to do without its "
+                f"conditioning. Received: {name}={value}"
+            )
+
+    def _sampling_inputs(self, num_images, conditioning, noise, seed):
+        """Noise and conditioning for `num_images`, from what was given."""
+        given = {
+            name: np.asarray(ops.convert_to_numpy(value))
+            for name, value in conditioning.items()
+            if value is not None
+        }
+        if "labels" in given:
+            checks.check_labels("labels", given["labels"], self.num_classes)
         counts = {}
         if num_images is not None:
             checks.check_positive_integer("num_images", num_images)
             counts["num_images"] = int(num_images)
-        if labels is not None:
-            labels = np.asarray(ops.convert_to_numpy(labels))
-            checks.check_labels("labels", labels, self.num_classes)
-            counts["labels"] = len(labels)
+        counts |= {name: len(value) for name, value in given.items()}
         if noise is not None:
             noise = ops.convert_to_tensor(noise, "float32")
             if tuple(noise.shape[1:]) != self.image_shape:
@@ -366,15 +542,26 @@ class DenoisingModel(keras.Model):
             counts["noise"] = noise.shape[0]
         if len(set(counts.values())) > 1:
             raise ValueError(
-                "`num_images`, `labels` and `noise` must agree in number. "
-                f"Received: {counts}"
+                "`num_images`, the conditioning and `noise` must agree in "
+                f"number. Received: {counts}"
             )
         count = next(iter(counts.values()), self.num_classes or 1)
-        if labels is None:
-            labels = np.arange(count) % (self.num_classes or 1)
+        if self.num_classes and "labels" not in given:
+            given["labels"] = np.arange(count) % self.num_classes
+        if self.context_width and "context" not in given:
+            given["context"] = np.zeros((count, 1, self.context_width))
+            given.setdefault("context_mask", np.zeros((count, 1), "bool"))
+        if "context" in given and "context_mask" not in given:
+            given["context_mask"] = np.ones(given["context"].shape[:2], "bool")
+        checks.check_conditioning(
+            "", given, count, self.num_classes, self.context_width
+        )
         if noise is None:
             noise = keras.random.normal((count, *self.image_shape), seed=seed)
-        return noise, labels.astype("int32")
+        return noise, {
+            name: value.astype(CONDITIONING_DTYPES[name])
+            for name, value in given.items()
+        }
 
     # What Keras is told, and what is checked before it starts.
 
@@ -450,8 +637,11 @@ class DenoisingModel(keras.Model):
         Args:
             x: Images `(num, height, width, channels)`, floats in [-1, 1]; or
                 a `tf.data.Dataset`, `PyDataset`, `DataLoader` or generator of
-                `images` or `(images, labels)`.
-            y: Labels, where `x` is an array: integers, `(num,)`.
+                `images` or `(images, y)`.
+            y: Labels, where `x` is an array: integers, `(num,)`. For a network
+                with sequence conditioning, a dictionary of `"context"`, `(num,
+                length, context_width)`, `"context_mask"`, `(num, length)`, and
+                `"labels"`, if it has classes as well.
             *args: As for `keras.Model.fit`.
             callbacks: As for `keras.Model.fit`.
             validation_data: As for `keras.Model.fit`: `images`, `(images,
@@ -522,7 +712,13 @@ class DenoisingModel(keras.Model):
         self, name: str, x: Any, y: Any = None, sample_weight: Any = None
     ) -> Any:
         return checks.check_data(
-            name, x, y, sample_weight, self.image_shape, self.num_classes
+            name,
+            x,
+            y,
+            sample_weight,
+            self.image_shape,
+            self.num_classes,
+            self.context_width,
         )
 
     # Saving. Keras leaves random states out; with them, training resumes
@@ -559,7 +755,10 @@ class DenoisingModel(keras.Model):
             "weighting": serialize(self.weighting),
             "image_shape": self.image_shape,
             "num_classes": self.num_classes,
+            "context_width": self.context_width,
+            "label_dropout": self.label_dropout,
             "ema_decay": self.ema_decay,
+            "ema_half_life": self.ema_half_life,
             "seed": self.seed,
         }
 
@@ -568,13 +767,17 @@ class DenoisingModel(keras.Model):
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> Self:
         """The inverse of `get_config`."""
-        nested = {
-            name: keras.saving.deserialize_keras_object(
-                config[name], custom_objects=custom_objects
-            )
-            for name in ("network", "schedule", "weighting")
-        }
-        return cls(**{**config, **nested})
+        # All but plain values were serialised: network, schedule, functions.
+        return cls(
+            **{
+                name: keras.saving.deserialize_keras_object(
+                    value, custom_objects=custom_objects
+                )
+                if isinstance(value, dict) and name != "dtype"
+                else value
+                for name, value in config.items()
+            }
+        )
 
 
 def _as_list(callbacks: Any) -> list:

@@ -137,12 +137,76 @@ def check_sample_weight(name: str, weight: Any, num: int) -> None:
         )
 
 
-def check_batch(
-    name: str, batch: Any, image_shape: tuple[int, ...], num_classes: int | None
+def as_conditioning(y: Any) -> dict[str, Any]:
+    """The conditioning that Keras hands over as `y`: labels or a dictionary."""
+    if y is None:
+        return {}
+    return dict(y) if isinstance(y, dict) else {"labels": y}
+
+
+def check_conditioning(
+    name: str,
+    y: Any,
+    num: int,
+    num_classes: int | None,
+    context_width: int | None,
 ) -> None:
-    """Raises unless a batch is `images` or `(images, labels)`, both good."""
+    """Raises unless `y` is the conditioning of `num` images.
+
+    Args:
+        name: What to call the data in a message; empty if their own names do.
+        y: Labels or dictionary, as `fit` takes them.
+        num: Number of images.
+        num_classes: Number of classes, or None.
+        context_width: Width of the context, or None.
+    """
+
+    def part(key):
+        return f"{name} ({key})" if name else key
+
+    y = as_conditioning(y)
+    names = ["labels"] if num_classes else []
+    names += ["context", "context_mask"] if context_width else []
+    unknown = sorted(set(y) - {*names, "labels"})
+    if unknown:
+        raise ValueError(
+            f"`{part('y')}` must be made of {names}, what the network takes. "
+            f"Received: {unknown} besides"
+        )
+    check_labels(part("labels"), y.get("labels"), num_classes)
+    if context_width:
+        context, mask = y.get("context"), y.get("context_mask")
+        shape = tuple(getattr(context, "shape", ()))
+        if len(shape) != 3 or shape[2] != context_width:
+            raise ValueError(
+                f"`{part('context')}` must be an array of vectors, (batch, "
+                f"length, context_width) = (batch, length, {context_width}). "
+                f"Received: {_describe(context)}"
+            )
+        if tuple(getattr(mask, "shape", ())) != shape[:2]:
+            raise ValueError(
+                f"`{part('context_mask')}` must be an array of shape (batch, "
+                f"length) = {shape[:2]}, as the context is. Received: "
+                f"{_describe(mask)}"
+            )
+    for key, value in y.items():
+        if value is not None and value.shape[0] != num:
+            raise ValueError(
+                f"`{part(key)}` must have one entry per image. Received: "
+                f"{num} images, {value.shape[0]} {key}"
+            )
+
+
+def check_batch(
+    name: str,
+    batch: Any,
+    image_shape: tuple[int, ...],
+    num_classes: int | None,
+    context_width: int | None = None,
+) -> None:
+    """Raises unless a batch is `images` or `(images, y)`, both good."""
     batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
-    images, labels, sample_weight = (*batch, None, None, None)[:3]
+    images, y, sample_weight = (*batch, None, None, None)[:3]
     if not hasattr(images, "shape") or len(batch) > 3:
         raise ValueError(
             f"`{name}` must be or yield `images`, `(images, labels)` or "
@@ -150,15 +214,9 @@ def check_batch(
             f"({', '.join(map(_describe, batch))})"
         )
     check_images(f"{name} (images)", images, image_shape)
-    check_labels(f"{name} (labels)", labels, num_classes)
-    if labels is not None and labels.shape[0] != images.shape[0]:
-        raise ValueError(
-            f"`{name}` must have one label per image. Received: "
-            f"{images.shape[0]} images, {labels.shape[0]} labels"
-        )
-    check_sample_weight(
-        f"{name} (sample_weight)", sample_weight, images.shape[0]
-    )
+    num = images.shape[0]
+    check_conditioning(name, y, num, num_classes, context_width)
+    check_sample_weight(f"{name} (sample_weight)", sample_weight, num)
 
 
 def _batches(first: Any, rest: Iterator) -> Iterator:
@@ -174,6 +232,7 @@ def check_data(
     sample_weight: Any,
     image_shape: tuple[int, ...],
     num_classes: int | None,
+    context_width: int | None = None,
 ) -> Any:
     """Checks arrays in full, and of a stream the first batch.
 
@@ -185,6 +244,7 @@ def check_data(
         sample_weight: Weights, with arrays and labels.
         image_shape: Height, width and channels.
         num_classes: Number of classes, or None.
+        context_width: Width of a sequence conditioning, or None.
 
     Returns:
         `x`; for a generator, one that still begins with its first batch.
@@ -218,5 +278,5 @@ def check_data(
         )
     if batch is None:
         raise ValueError(f"`{name}` is empty. Received: no batch")
-    check_batch(name, batch, image_shape, num_classes)
+    check_batch(name, batch, image_shape, num_classes, context_width)
     return x

@@ -1,15 +1,27 @@
 """Standard diffusion training: the teacher."""
 
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_mscm import backend, losses, samplers
 from keras_mscm import functional as F
-from keras_mscm import losses, samplers
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models.base import DenoisingModel, Example, Sampler
+from keras_mscm.models import checks
+from keras_mscm.models.base import (
+    CONDITIONING_DTYPES,
+    Conditioning,
+    DenoisingModel,
+    Example,
+    Sampler,
+)
+from keras_mscm.schedules import NoiseSchedule
+
+X_VAR_LEVELS = 64
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -23,29 +35,41 @@ class DiffusionModel(DenoisingModel):
 
     >>> from keras_mscm import UViT
     >>> network = UViT(image_shape=(8, 8, 1), widths=[64], depths=[1],
-    ...                attention=True)
-    >>> teacher = DiffusionModel(network)
+    ...                attention=True, num_classes=10)
+    >>> teacher = DiffusionModel(network, label_dropout=0.1)
     >>> teacher.compile(optimizer=keras.optimizers.Adam(1e-3))
-    >>> _ = teacher.fit(np.zeros((32, 8, 8, 1), "float32"), verbose=0)
-    >>> teacher.generate(16, num_steps=4).shape
+    >>> images = np.zeros((32, 8, 8, 1), "float32")
+    >>> labels = np.arange(32) % 10
+    >>> _ = teacher.fit(images, labels, verbose=0)
+    >>> teacher.generate(16, num_steps=4, guidance_scale=1.5).shape
     (16, 8, 8, 1)
     """
 
     default_weighting = staticmethod(losses.snr_plus_one)
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Per level; the levels lie evenly in the angle of `_angle`.
+        self.x_var_table = self.add_weight(
+            shape=(X_VAR_LEVELS,),
+            dtype="float32",
+            initializer="zeros",
+            trainable=False,
+            name="x_var_table",
+        )
+
     def default_loss(self) -> keras.losses.Loss:
         return losses.SquaredL2()
 
     def training_example(
-        self, images: Tensor, labels: Tensor | None, training: bool
+        self, images: Tensor, conditioning: Conditioning, training: bool
     ) -> Example:
         x = images
         t = keras.random.uniform(ops.shape(x)[:1], seed=self.seed_generator)
         epsilon = keras.random.normal(ops.shape(x), seed=self.seed_generator)
         logsnr = self.schedule(t)
-        inputs = {"z": F.add_noise(x, epsilon, logsnr), "logsnr": logsnr}
-        if labels is not None:
-            inputs["labels"] = labels
+        z_t = F.add_noise(x, epsilon, logsnr)
+        inputs = {"z": z_t, "logsnr": logsnr, **conditioning}
         return inputs, x, self.weighting(logsnr)
 
     def generate(
@@ -53,8 +77,12 @@ class DiffusionModel(DenoisingModel):
         num_images: int | None = None,
         *,
         num_steps: int = 256,
-        sampler: Sampler = samplers.addim,
+        sampler: Sampler | None = None,
+        schedule: NoiseSchedule | None = None,
+        guidance_scale: float | None = None,
         labels: Any = None,
+        context: Any = None,
+        context_mask: Any = None,
         noise: Any = None,
         seed: int | None = None,
         batch_size: int | None = None,
@@ -63,13 +91,25 @@ class DiffusionModel(DenoisingModel):
 
         Args:
             num_images: How many; one of each class by default.
-            num_steps: Evaluations of the network.
-            sampler: `keras_mscm.samplers.addim`, `ddim`, or any function of
-                `(denoise, noise, schedule, num_steps)`.
+            num_steps: Steps of the sampler, each one evaluation of the network
+                (two with `Heun`).
+            sampler: One of `keras_mscm.samplers`, `ADDIM()` by default, or any
+                function of `(denoise, noise, schedule, num_steps, seed)`.
+            schedule: Time to log-SNR for the sampler's steps, such as
+                `KarrasSchedule()`; by default what the model was trained with.
+            guidance_scale: Scale of classifier-free guidance, at least 0: 1 is
+                none, 0 is without conditioning (the paper's is less by 1). For
+                a model trained with `label_dropout`. One batched call of twice
+                the size evaluates both predictions.
             labels: Classes, `(num_images,)`; 0, 1, ... in turn by default.
+            context: Sequence conditioning, `(num_images, length,
+                context_width)`; none by default.
+            context_mask: Which of it counts, `(num_images, length)`; all by
+                default.
             noise: Standard normal noise to begin from, `(num_images, height,
                 width, channels)`.
-            seed: Seed of that noise, where it isn't given.
+            seed: Seed of that noise, where it isn't given, and of what a
+                stochastic sampler adds.
             batch_size: Images per call of the compiled sampler, 128 at most by
                 default. Each batch size is compiled once.
 
@@ -81,5 +121,141 @@ class DiffusionModel(DenoisingModel):
             ValueError: If an argument is out of its range, or they disagree.
         """
         return self._generate(
-            sampler, num_steps, num_images, labels, noise, seed, batch_size
+            samplers.ADDIM() if sampler is None else sampler,
+            num_steps,
+            num_images=num_images,
+            conditioning={
+                "labels": labels,
+                "context": context,
+                "context_mask": context_mask,
+            },
+            noise=noise,
+            seed=seed,
+            batch_size=batch_size,
+            schedule=schedule,
+            guidance_scale=guidance_scale,
+        )
+
+    # The empirical posterior variance of aDDIM (algorithm 3).
+
+    def measure_x_var(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        eta: float = 0.75,
+        batch_size: int = 128,
+        seed: int | None = None,
+    ) -> None:
+        """Measures the posterior variance over data: `eta ||x_hat - x||^2 / d`.
+
+        At 64 noise levels each; whatever their number, the images are
+        evaluated at all of them, so a few thousand images are plenty. The
+        table is saved with the model, and `x_var` reads it:
+
+            model.measure_x_var(images, labels)
+            model.generate(sampler=samplers.ADDIM(x_var=model.x_var))
+
+        Args:
+            x: Images, or batches of `images` or `(images, y)`.
+            y: Labels or dictionary, with an array of images, as for `fit`.
+            eta: Share of the squared error that is taken for the variance, in
+                [0, 1]; the paper's 0.75.
+            batch_size: Images per evaluation, where `x` is an array.
+            seed: Seed of the noise.
+
+        Raises:
+            ValueError: If the data are not of this model.
+        """
+        checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
+        x = self._checked("x", x, y)
+        seeds = keras.random.SeedGenerator(seed)
+        levels = _level_logsnr()
+
+        def squared_error(images, epsilon, conditioning, logsnr):
+            logsnr = ops.broadcast_to(logsnr, ops.shape(images)[:1])
+            z = F.add_noise(images, epsilon, logsnr)
+            x = self.denoise(self.ema_network, z, logsnr, conditioning)
+            return ops.sum(ops.mean(ops.square(x - images), axis=(1, 2, 3)))
+
+        compiled = backend.compile_inference(
+            squared_error, self.ema_network.variables
+        )
+        total, count = np.zeros(X_VAR_LEVELS), 0
+        for images, conditioning in _as_batches(x, y, batch_size):
+            for i, level in enumerate(levels):
+                epsilon = keras.random.normal(images.shape, seed=seeds)
+                error = compiled(images, epsilon, conditioning, level)
+                total[i] += float(ops.convert_to_numpy(error))
+            count += len(images)
+        self.x_var_table.assign(eta * total / count)
+
+    @property
+    def x_var(self) -> samplers.Variance:
+        """The measured posterior variance, a function of log-SNR.
+
+        Raises:
+            ValueError: If `measure_x_var` has not been called.
+        """
+        if not np.any(ops.convert_to_numpy(self.x_var_table)):
+            raise ValueError(
+                "`x_var` must be measured first: call `model.measure_x_var("
+                "images, labels)`. Received: a model in which it is not"
+            )
+        return self._x_var
+
+    def _x_var(self, logsnr: Tensor) -> Tensor:
+        # Linear between levels; the ends hold beyond them.
+        place = _angle(logsnr) * X_VAR_LEVELS - 0.5
+        place = ops.clip(place, 0, X_VAR_LEVELS - 1)
+        below = ops.floor(place)
+        index = ops.cast(below, "int32")
+        after = ops.minimum(index + 1, X_VAR_LEVELS - 1)
+        low, high = (ops.take(self.x_var_table, i) for i in (index, after))
+        return low + (place - below) * (high - low)
+
+    def _sampling_variables(self) -> list[keras.Variable]:
+        return [*self.ema_network.variables, self.x_var_table]
+
+
+def _angle(logsnr: Tensor) -> Tensor:
+    """The time in (0, 1) at which the plain cosine schedule has a log-SNR."""
+    return ops.arctan(ops.exp(-logsnr / 2)) * (2 / math.pi)
+
+
+def _level_logsnr() -> np.ndarray:
+    """Log-SNR at the middle of each of the table's intervals of `_angle`."""
+    angle = (np.arange(X_VAR_LEVELS) + 0.5) / X_VAR_LEVELS
+    return (-2 * np.log(np.tan(angle * math.pi / 2))).astype("float32")
+
+
+def _as_batches(
+    x: Any, y: Any, batch_size: int
+) -> Iterator[tuple[np.ndarray, dict]]:
+    """Images and conditioning, from arrays or from a stream of batches."""
+    batches: Iterable = x
+    if hasattr(x, "shape"):
+        batches = (
+            (
+                x[i : i + batch_size],
+                {
+                    name: value[i : i + batch_size]
+                    for name, value in checks.as_conditioning(y).items()
+                },
+            )
+            for i in range(0, len(x), batch_size)
+        )
+    elif isinstance(x, keras.utils.PyDataset):
+        batches = (x[i] for i in range(len(x)))
+    for batch in batches:
+        batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+        images, y = (*batch, None)[:2]
+        yield (
+            ops.convert_to_numpy(images).astype("float32"),
+            {
+                name: ops.convert_to_numpy(value).astype(
+                    CONDITIONING_DTYPES[name]
+                )
+                for name, value in checks.as_conditioning(y).items()
+            },
         )

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks.context import CrossAttention
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -52,6 +53,10 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         phase = time[:, None] * rates[None]
         waves = ops.concatenate([ops.sin(phase), ops.cos(phase)], axis=-1)
         return self.projection(self.hidden(waves))
+
+    def flops(self) -> int:
+        """Of one image."""
+        return 4 * self.width**2
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "width": self.width}
@@ -125,6 +130,16 @@ class ResNetBlock(keras.layers.Layer):
         h = ops.silu(self.norm_2(h) * (1 + scale) + shift)
         return x + self.conv_2(self.dropout(h, training=training))
 
+    def flops(self, height: int, width: int) -> int:
+        """Of one image of `height` x `width` places.
+
+        Of a convolution, those products count whose place is in the image.
+        """
+        taps = (3 * height - 2) * (3 * width - 2)
+        kernels = taps * math.prod(self.conv_1.kernel.shape[2:])
+        modulation = math.prod(self.modulation.kernel.shape)
+        return 2 * (2 * kernels + modulation)
+
     def get_config(self) -> dict[str, Any]:
         config = {"dropout": self.dropout_rate, "seed": self.seed}
         return {**super().get_config(), **config}
@@ -134,7 +149,8 @@ class ResNetBlock(keras.layers.Layer):
 class TransformerBlock(keras.layers.Layer):
     """Self-attention, then an MLP whose hidden layer is scaled and shifted.
 
-    Queries and keys are normalised per head (Dehghani et al., 2023).
+    Queries and keys are normalised per head (Dehghani et al., 2023). Given a
+    context, the block attends to that in between.
 
     Args:
         head_width: Width of an attention head; must divide the channels.
@@ -145,7 +161,9 @@ class TransformerBlock(keras.layers.Layer):
 
     Call arguments:
         inputs: Feature maps, `(batch, height, width, channels)`, and the
-            embedding, `(batch, embedding_width)`. Each place is a token.
+            embedding, `(batch, embedding_width)`. Each place is a token. With
+            a context also its tokens, `(batch, length, context_width)`, and
+            their mask, `(batch, length)`, as of `ContextEmbedding`.
         training: Whether dropout is on.
 
     Call returns:
@@ -165,7 +183,7 @@ class TransformerBlock(keras.layers.Layer):
         self.dropout_rate, self.seed = dropout, seed
 
     def build(self, input_shape: tuple) -> None:
-        maps, embedding = input_shape
+        maps, embedding, *context = input_shape
         width, policy = maps[-1], self.dtype_policy
         hidden = self.mlp_ratio * width
         self.num_heads = width // self.head_width
@@ -182,6 +200,12 @@ class TransformerBlock(keras.layers.Layer):
         self.attention_output = dense(
             width, "attention_output", kernel_initializer="zeros"
         )
+        self.cross_attention = None
+        if context:
+            self.cross_attention = CrossAttention(
+                self.head_width, dtype=policy, name="cross_attention"
+            )
+            self.cross_attention.build((maps, *context))
         self.mlp_hidden = dense(hidden, "mlp_hidden")
         self.modulation = dense(2 * hidden, "modulation")
         self.mlp_output = dense(width, "mlp_output", kernel_initializer="zeros")
@@ -214,15 +238,28 @@ class TransformerBlock(keras.layers.Layer):
         return self.attention_output(attended)
 
     def call(
-        self, inputs: tuple[Tensor, Tensor], training: bool | None = None
+        self, inputs: tuple[Tensor, ...], training: bool | None = None
     ) -> Tensor:
-        x, embedding = inputs
+        x, embedding, *context = inputs
         x = x + self._attention(ops.rms_normalization(x))
+        if self.cross_attention:
+            x = x + self.cross_attention((ops.rms_normalization(x), *context))
         h = ops.silu(self.mlp_hidden(ops.rms_normalization(x)))
         modulation = self.modulation(ops.silu(embedding))[:, None, None]
         scale, shift = ops.split(modulation, 2, axis=-1)
         h = self.dropout(h * (1 + scale) + shift, training=training)
         return x + self.mlp_output(h)
+
+    def flops(self, height: int, width: int, length: int = 0) -> int:
+        """Of one image of `height` x `width` places, `length` tokens beside."""
+        places = height * width
+        channels, hidden = self.mlp_hidden.kernel.shape
+        products = places * (4 * channels**2 + 2 * channels * hidden)
+        products += 2 * places**2 * channels  # q k, then times v
+        products += math.prod(self.modulation.kernel.shape)
+        if not self.cross_attention:
+            return 2 * products
+        return 2 * products + self.cross_attention.flops(height, width, length)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -1,13 +1,17 @@
 """The UViT of *simple diffusion* (Hoogeboom et al., 2023; appendix A.1)."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_mscm import preset_files
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks.context import ContextEmbedding
 from keras_mscm.networks.layers import (
     NoiseLevelEmbedding,
     PositionEmbedding,
@@ -43,7 +47,12 @@ class UViT(keras.Model):
         depths: Blocks of each stage (per direction).
         attention: For each stage, whether its blocks are transformers (else
             ResNet blocks); or one value for all.
-        num_classes: Number of classes; None for an unconditional network.
+        num_classes: Number of classes; None for a network without. There is
+            one more label than classes: `num_classes` says 'no class', for
+            label dropout and classifier-free guidance.
+        context_width: Width of the tokens of a sequence that the network is
+            conditioned on, a caption's for example; None for a network
+            without. Every transformer block attends to them.
         patch_size: Pixels are gathered into square patches of this side, which
             become channels of the first stage.
         head_width: Width of an attention head.
@@ -55,8 +64,12 @@ class UViT(keras.Model):
 
     Call arguments:
         inputs: Dictionary of `"z"`, noisy images `(batch, height, width,
-            channels)`; `"logsnr"`, their log-SNR `(batch,)`; and, with
-            classes, `"labels"`, integers 0..num_classes - 1, `(batch,)`.
+            channels)`; `"logsnr"`, their log-SNR `(batch,)`; with classes,
+            `"labels"`, integers 0..num_classes, `(batch,)`; and with a
+            context, `"context"`, `(batch, length, context_width)`, and
+            `"context_mask"`, `(batch, length)`, True (or 1) at real tokens.
+            The length may differ from call to call. A mask that is all False
+            says 'no context'.
         training: Whether dropout is on.
 
     Call returns:
@@ -78,7 +91,9 @@ class UViT(keras.Model):
     ...     embedding_width=128,
     ... )
     >>> network.count_params()
-    336545
+    336673
+    >>> network.flops()  # of one image
+    117762048
 
     Reference:
         Hoogeboom et al., *simple diffusion*, 2023; Multistep Consistency
@@ -95,6 +110,7 @@ class UViT(keras.Model):
         depths: Sequence[int] = (3, 3, 16),
         attention: bool | Sequence[bool] = (False, True, True),
         num_classes: int | None = None,
+        context_width: int | None = None,
         patch_size: int = 1,
         head_width: int = 64,
         mlp_ratio: int = 4,
@@ -103,7 +119,9 @@ class UViT(keras.Model):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        # Each layer casts for itself: the log-SNR stays float32 until it is
+        # embedded.
+        super().__init__(autocast=False, **kwargs)
         stages = len(widths)
         self.image_shape = tuple(image_shape)
         self.widths, self.depths = tuple(widths), tuple(depths)
@@ -111,6 +129,7 @@ class UViT(keras.Model):
         self.attention = _per_stage("attention", attention, stages)
         self.dropout = _per_stage("dropout", dropout, stages)
         self.num_classes, self.patch_size = num_classes, patch_size
+        self.context_width = context_width
         self.head_width, self.mlp_ratio = head_width, mlp_ratio
         self.embedding_width, self.seed = embedding_width, seed
         self._check_shapes()
@@ -124,10 +143,13 @@ class UViT(keras.Model):
             embedding_width, dtype=self.dtype_policy, name="embed_noise"
         )
         self.embed_label = num_classes and keras.layers.Embedding(
-            num_classes,
+            num_classes + 1,
             embedding_width,
             dtype=self.dtype_policy,
             name="embed_label",
+        )
+        self.embed_context = context_width and ContextEmbedding(
+            embedding_width, dtype=self.dtype_policy, name="embed_context"
         )
         pixels = patch_size**2 * self.image_shape[-1]
         self.entry = dense(self.widths[0], "entry")
@@ -198,16 +220,16 @@ class UViT(keras.Model):
     def build(self, input_shape: Any = None) -> None:
         if self.built:
             return
-        height, width, channels = self.image_shape
-        p = self.patch_size
+        p, channels = self.patch_size, self.image_shape[-1]
         embedding = (None, self.embedding_width)
-        maps = [
-            (None, height // (p * 2**i), width // (p * 2**i), c)
-            for i, c in enumerate(self.widths)
-        ]
+        maps = [(None, *sides, c) for sides, c in zip(self._sides, self.widths)]
+        context: list[tuple] = []
         self.embed_noise.build((None,))
         if self.embed_label:
             self.embed_label.build((None,))
+        if self.embed_context:
+            context = [(None, None, self.context_width), (None, None)]
+            self.embed_context.build(tuple(context))
         self.entry.build((*maps[0][:-1], p * p * channels))
         self.exit_norm.build(maps[0])
         self.exit.build(maps[0])
@@ -219,11 +241,28 @@ class UViT(keras.Model):
         for i, position in enumerate(self.positions):
             if position:
                 position.build(maps[i])
-        stages = [*zip(self.down, maps), (self.middle, maps[-1])]
-        for stage, shape in [*stages, *zip(self.up, maps)]:
-            for block in stage:
-                block.build((shape, embedding))
+        for stage, blocks in self._stages():
+            attends = self.attention[stage]
+            conditions = [embedding, *context] if attends else [embedding]
+            for block in blocks:
+                block.build((maps[stage], *conditions))
         self.built = True
+
+    @property
+    def _sides(self) -> list[tuple[int, int]]:
+        """Height and width of each stage's feature maps."""
+        height, width, _ = self.image_shape
+        scales = [self.patch_size * 2**i for i in range(len(self.widths))]
+        return [(height // scale, width // scale) for scale in scales]
+
+    def _stages(self) -> list[tuple[int, list]]:
+        """Number and blocks of each stage, down, in the middle and up."""
+        middle = len(self.down)
+        return [
+            *enumerate(self.down),
+            (middle, self.middle),
+            *enumerate(self.up),
+        ]
 
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None
@@ -231,24 +270,35 @@ class UViT(keras.Model):
         embedding = self.embed_noise(inputs["logsnr"])
         if self.embed_label:
             embedding = embedding + self.embed_label(inputs["labels"])
+        context: list[Tensor] = []
+        if self.embed_context:
+            *context, pooled = self.embed_context(
+                (inputs["context"], inputs["context_mask"])
+            )
+            embedding = embedding + pooled
+        conditions = [
+            [embedding, *context] if attends else [embedding]
+            for attends in self.attention
+        ]
         maps = self.entry(_to_patches(inputs["z"], self.patch_size))
 
         skips = []
         for stage, blocks in enumerate(self.down):
             maps = self._place(stage, maps)
             for block in blocks:
-                maps = block((maps, embedding), training=training)
+                maps = block((maps, *conditions[stage]), training=training)
                 skips.append(maps)
             maps = self.widen[stage](self.pool(maps))
 
         maps = self._place(len(self.down), maps)
         for block in self.middle:
-            maps = block((maps, embedding), training=training)
+            maps = block((maps, *conditions[-1]), training=training)
 
         for stage in reversed(range(len(self.up))):
             maps = self.narrow[stage](self.unpool(maps))
             for block in self.up[stage]:
-                maps = block((maps + skips.pop(), embedding), training=training)
+                maps = maps + skips.pop()
+                maps = block((maps, *conditions[stage]), training=training)
 
         maps = self.exit(ops.silu(self.exit_norm(maps)))
         return _to_pixels(maps, self.patch_size)
@@ -256,6 +306,89 @@ class UViT(keras.Model):
     def _place(self, stage: int, maps: Tensor) -> Tensor:
         position = self.positions[stage]
         return position(maps) if position else maps
+
+    def flops(self, context_length: int = 128) -> int:
+        """FLOPs of one forward pass for one image.
+
+        A multiplication with its addition counts as two. Counted are dense
+        layers, convolutions and attention, which is nearly all; what belongs
+        to the conditioning once per image.
+
+        Args:
+            context_length: Tokens of the context, where there is one.
+
+        Returns:
+            Number of floating-point operations.
+        """
+        pixels = math.prod(self.image_shape) * self.widths[0]
+        flops = self.embed_noise.flops() + 4 * pixels  # entry and exit
+        length = 0
+        if self.embed_context:
+            flops += self.embed_context.flops()
+            length = context_length + 1  # the null token
+        for stage, blocks in self._stages():
+            sides = self._sides[stage]
+            extra = [length] if self.attention[stage] else []
+            flops += sum(block.flops(*sides, *extra) for block in blocks)
+        for i, (widen, narrow) in enumerate(zip(self.widen, self.narrow)):
+            flops += 2 * math.prod(self._sides[i + 1] + widen.kernel.shape)
+            flops += 2 * math.prod(self._sides[i] + narrow.kernel.shape)
+        return flops
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str | os.PathLike,
+        load_weights: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """A network from a preset, as with KerasHub.
+
+        Args:
+            preset: Name, one of `keras_mscm.presets.PRESETS`, or a directory
+                that `save_to_preset` made.
+            load_weights: Whether to load its weights; else they are random.
+            **kwargs: Arguments of the network that are to differ, such as
+                `dtype`.
+
+        Returns:
+            The network.
+
+        Raises:
+            ValueError: If there is no such preset, or no weights in it.
+
+        Example:
+
+        >>> network = UViT.from_preset("digits", load_weights=False)
+        >>> network.image_shape
+        (8, 8, 1)
+        """
+        return preset_files.load_network(cls, preset, load_weights, **kwargs)
+
+    def save_to_preset(
+        self,
+        preset: str | os.PathLike,
+        *,
+        weights_dtype: str = "float32",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves the network and its weights in a directory.
+
+        The directory appears as a whole or not at all.
+
+        Args:
+            preset: Directory; a preset that is already there is replaced.
+            weights_dtype: `"float32"` for weights as they are, `"float16"` for
+                half the space. They are loaded into float32 either way.
+            metadata: What else is to be known, such as `{"description": ...}`.
+
+        Raises:
+            ValueError: If `weights_dtype` is neither, or the directory holds
+                something else.
+        """
+        preset_files.save_network(
+            self, preset, weights_dtype=weights_dtype, metadata=metadata
+        )
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -265,6 +398,7 @@ class UViT(keras.Model):
             "depths": self.depths,
             "attention": self.attention,
             "num_classes": self.num_classes,
+            "context_width": self.context_width,
             "patch_size": self.patch_size,
             "head_width": self.head_width,
             "mlp_ratio": self.mlp_ratio,

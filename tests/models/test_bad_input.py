@@ -66,7 +66,7 @@ def models():
     }
     for name in tuple(made):
         made[f"{name} student"] = MultistepConsistencyModel.from_teacher(
-            made[name], 2, teacher_steps=8
+            made[name], student_steps=2, teacher_steps=8
         )
     for model in made.values():
         model.compile()
@@ -131,7 +131,7 @@ BAD_LABELS = {
     "floats": (LABELS.astype("float32"), "float32", "integers"),
     "booleans": (LABELS > 1, "bool", "integers"),
     "a list": (LABELS.tolist(), "list", "array"),
-    "too few": (LABELS[:5], "8 images, 5 labels", "one label per image"),
+    "too few": (LABELS[:5], "8 images, 5 labels", "one entry per image"),
 }
 
 
@@ -274,7 +274,7 @@ def bad_generate_arguments():
     yield {"noise": IMAGES[:0]}, "noise", r"\(0, 4, 4, 1\)", "no images"
     yield (
         {"noise": IMAGES, "num_images": 3},
-        "`num_images`, `labels` and `noise`",
+        "`num_images`, the conditioning and `noise`",
         "'num_images': 3, 'noise': 8",
         "agree",
     )
@@ -378,7 +378,9 @@ def test_student(arguments, came, allowed, models):
 
 def test_teacher(models, dense_network):
     check(
-        lambda: MultistepConsistencyModel.from_teacher(dense_network(), 2),
+        lambda: MultistepConsistencyModel.from_teacher(
+            dense_network(), student_steps=2
+        ),
         "`teacher`",
         "Functional",
         "DiffusionModel",

@@ -243,7 +243,7 @@ def test_mixed_precision(policy, make_student, toy_images, weights_of):
     )
     # Images, times and the schedule's numbers are not cast.
     x, y, weight = student.training_example(
-        ops.convert_to_tensor(images), None, True
+        ops.convert_to_tensor(images), {}, True
     )
     for tensor in (x["z"], x["logsnr"], y, weight):
         assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
@@ -389,7 +389,7 @@ def test_generate_compiles_once(make_teacher, toy_images, weights_of):
     model, noise = make_teacher(num_classes=3), toy_images(3)
     runs = []
 
-    def sampler(denoise, noise, schedule, num_steps):
+    def sampler(denoise, noise, schedule, num_steps, seed):
         runs.append(num_steps)
         logsnr = ops.ones((noise.shape[0],)) * schedule(0.5)
         return denoise(noise, logsnr) / ops.cast(num_steps, "float32")

@@ -29,7 +29,7 @@ def test_the_example(weighting, make_teacher, toy_images):
     )
     images = toy_images(512)
     inputs, target, weight = model.training_example(
-        ops.convert_to_tensor(images), None, True
+        ops.convert_to_tensor(images), {}, True
     )
     assert set(inputs) == {"z", "logsnr"}
     np.testing.assert_array_equal(ops.convert_to_numpy(target), images)
@@ -62,7 +62,7 @@ def test_the_example(weighting, make_teacher, toy_images):
 
 def test_the_noise_is_new_at_every_step(make_teacher, toy_images):
     model, images = make_teacher(), ops.convert_to_tensor(toy_images(4))
-    draws = [model.training_example(images, None, True)[0] for _ in range(2)]
+    draws = [model.training_example(images, {}, True)[0] for _ in range(2)]
     for name in ("z", "logsnr"):
         a, b = to_numpy(draws[0][name], draws[1][name])
         assert np.all(np.abs(a - b).reshape(4, -1).max(-1) > 1e-4)
@@ -78,7 +78,7 @@ def test_the_loss_is_the_numpy_loss(make_teacher, toy_images):
     loss = model.evaluate(images, batch_size=8, verbose=0)
     model.seed_generator.state.assign(state)
     inputs, _, _ = model.training_example(
-        ops.convert_to_tensor(images), None, False
+        ops.convert_to_tensor(images), {}, False
     )
     v, z, logsnr = to_numpy(
         model.ema_network(inputs), inputs["z"], inputs["logsnr"]
@@ -112,8 +112,8 @@ def test_it_learns_what_it_samples(dense_network):
         )
         return np.mean(np.abs(got - target))
 
-    assert error(samplers.ddim) > 0.5
+    assert error(samplers.DDIM()) > 0.5
     history = model.fit(images, labels, batch_size=128, epochs=20, verbose=0)
     assert history.history["loss"][-1] < 0.4 * history.history["loss"][0]
-    assert error(samplers.ddim) < 0.3
-    assert error(samplers.addim) < 0.3
+    assert error(samplers.DDIM()) < 0.3
+    assert error(samplers.ADDIM()) < 0.3

@@ -55,7 +55,7 @@ def test_times_are_whole_steps_of_one_grid(steps, make_student, toy_images):
         }
     )
     inputs, _, _ = student.training_example(
-        ops.convert_to_tensor(toy_images(256)), None, True
+        ops.convert_to_tensor(toy_images(256)), {}, True
     )
     t = times_of(inputs["logsnr"])
     np.testing.assert_allclose(t * 8, np.round(t * 8), atol=1e-3)
@@ -105,7 +105,7 @@ def test_target_is_the_numpy_target(
         weight.assign(1.5 * weight)
     images = toy_images(64)
     inputs, target, weight = student.training_example(
-        ops.convert_to_tensor(images), None, True
+        ops.convert_to_tensor(images), {}, True
     )
     expected = numpy_target(
         student,
@@ -216,7 +216,7 @@ def test_dropout_is_synchronised(dropout_seed, mask_student, toy_images):
     masks = []
     for _ in range(2):
         inputs, target, _ = student.training_example(
-            ops.convert_to_tensor(images), None, True
+            ops.convert_to_tensor(images), {}, True
         )
         # In consistency training the target is x + w (x_ref - x).
         t = times_of(inputs["logsnr"])
@@ -282,7 +282,7 @@ def test_the_teacher_does_not_change(
 def test_the_student_begins_as_the_average(make_teacher, toy_images):
     teacher = make_teacher(num_classes=3, prediction_type="epsilon")
     teacher.fit(toy_images(8), np.arange(8) % 3, verbose=0)
-    student = MultistepConsistencyModel.from_teacher(teacher, 4)
+    student = MultistepConsistencyModel.from_teacher(teacher, student_steps=4)
     assert (student.student_steps, student.method) == (4, "distillation")
     assert student.schedule is teacher.schedule
     assert student.prediction_type == "epsilon"
@@ -295,7 +295,7 @@ def test_the_student_begins_as_the_average(make_teacher, toy_images):
     noise = toy_images(3)
     np.testing.assert_allclose(
         student.generate(noise=noise),
-        teacher.generate(noise=noise, num_steps=4, sampler=samplers.ddim),
+        teacher.generate(noise=noise, num_steps=4, sampler=samplers.DDIM()),
         atol=1e-5,
     )
 
@@ -305,14 +305,14 @@ def test_what_is_trainable_stays_trainable(make_teacher):
     # `trainable` is in the configuration of a functional model.
     teacher = make_teacher()
     names = [layer.name for layer in teacher.network.layers]
-    student = MultistepConsistencyModel.from_teacher(teacher, 2)
+    student = MultistepConsistencyModel.from_teacher(teacher, student_steps=2)
     assert len(student.trainable_weights) == 6
     assert [layer.name for layer in student.network.layers] == names
     teacher.network.layers[-2].trainable = False
-    student = MultistepConsistencyModel.from_teacher(teacher, 2)
+    student = MultistepConsistencyModel.from_teacher(teacher, student_steps=2)
     assert len(student.trainable_weights) == 4
     teacher.trainable = False
-    student = MultistepConsistencyModel.from_teacher(teacher, 2)
+    student = MultistepConsistencyModel.from_teacher(teacher, student_steps=2)
     assert len(student.trainable_weights) == 6
     assert not student.teacher.trainable_weights
     assert not student.ema_network.trainable_weights
@@ -338,7 +338,7 @@ def test_a_second_teacher_replaces_the_first(
 
 def test_training_needs_no_teacher(make_teacher):
     student = MultistepConsistencyModel.from_teacher(
-        make_teacher(), 2, method="training"
+        make_teacher(), student_steps=2, method="training"
     )
     assert student.teacher.network is None
     assert student.teacher.variables == []
@@ -399,12 +399,17 @@ def test_distillation_brings_the_student_to_the_teacher(dense_network):
     teacher.compile(keras.optimizers.Adam(5e-3))
     teacher.fit(images, batch_size=256, epochs=25, verbose=0)
     student = MultistepConsistencyModel.from_teacher(
-        teacher, 2, teacher_steps=32, eta=0.0, ema_decay=0.98, seed=2
+        teacher,
+        student_steps=2,
+        teacher_steps=32,
+        eta=0.0,
+        ema_decay=0.98,
+        seed=2,
     )
     student.compile(keras.optimizers.Adam(2e-3))
     noise = rng.standard_normal((256, 4, 4, 1)).astype("float32")
     goal = teacher.generate(
-        noise=noise, num_steps=64, sampler=samplers.ddim, batch_size=256
+        noise=noise, num_steps=64, sampler=samplers.DDIM(), batch_size=256
     )
 
     def distance():

@@ -144,7 +144,7 @@ def test_a_loaded_model_is_the_saved_one(make_teacher, toy_images, tmp_path):
     assert loaded.loss.get_config() == teacher.loss.get_config()
     assert loaded.weighting is losses.sqrt_snr_plus_one
     assert loaded.schedule.get_config() == teacher.schedule.get_config()
-    arguments = dict(noise=toy_images(3), num_steps=3, sampler=samplers.addim)
+    arguments = dict(noise=toy_images(3), num_steps=3, sampler=samplers.ADDIM())
     np.testing.assert_array_equal(
         loaded.generate(**arguments), teacher.generate(**arguments)
     )
@@ -156,12 +156,12 @@ def test_a_loaded_model_is_the_saved_one(make_teacher, toy_images, tmp_path):
 
     # And a student of the loaded teacher is one of the saved one.
     student = MultistepConsistencyModel.from_teacher(
-        loaded, 2, eta=0.5, teacher_steps=10, method="training"
+        loaded, student_steps=2, eta=0.5, teacher_steps=10, method="training"
     )
     student.save(tmp_path / "student.keras")
     loaded = keras.saving.load_model(tmp_path / "student.keras")
     assert config_of(loaded) == config_of(student)
-    for name in ("student_steps", "method", "eta", "constant_teacher_steps"):
+    for name in ("student_steps", "method", "eta", "teacher_steps"):
         assert getattr(loaded, name) == getattr(student, name)
     np.testing.assert_array_equal(
         loaded.generate(noise=toy_images(3)),

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_mscm.networks.context import ContextEmbedding, CrossAttention
 from keras_mscm.networks.layers import (
     NoiseLevelEmbedding,
     PositionEmbedding,
@@ -10,9 +11,10 @@ from keras_mscm.networks.layers import (
     TransformerBlock,
 )
 
-# Of feature maps, for either kind of block, and of the embedding.
+# Of feature maps, for either kind of block, of the embedding and of a context.
 SHAPES = {ResNetBlock: (3, 4, 8, 40), TransformerBlock: (3, 2, 4, 32)}
 EMBEDDING = 3, 32
+CONTEXT = 3, 5, 24
 
 
 def random_inputs(cls, dtype="float32"):
@@ -276,3 +278,122 @@ def test_position_embedding_adds_one_vector_per_place():
     assert 0.01 < position.std() < 0.03
     for image in got:
         np.testing.assert_allclose(image, position, atol=1e-6)
+
+
+def random_context():
+    """A sequence, and its mask: some real tokens, none, all."""
+    rng = np.random.default_rng(5)
+    sequence = rng.standard_normal(CONTEXT).astype("float32")
+    mask = np.zeros(CONTEXT[:2], "bool")
+    mask[0, :3] = mask[2] = True
+    return sequence, mask
+
+
+def numpy_context(layer, sequence, mask):
+    w = {v.name: ops.convert_to_numpy(v) for v in layer.weights}
+    all_pooled = []
+    for tokens, real in zip(sequence.astype("float64"), mask):
+        tokens = rms_norm(np.stack([w["null_token"], *tokens[real]]))
+        all_pooled.append(tokens.mean(axis=0) @ w["kernel"] + w["bias"])
+    return np.stack(all_pooled)
+
+
+def test_context_embedding_is_its_numpy_reference():
+    layer = ContextEmbedding(16)
+    sequence, mask = random_context()
+    layer.build([sequence.shape, mask.shape])
+    fill(layer)
+    tokens, tokens_mask, pooled = map(
+        ops.convert_to_numpy, layer((sequence, mask))
+    )
+    expected = numpy_context(layer, sequence, mask)
+    np.testing.assert_allclose(pooled, expected, atol=1e-5)
+    null = ops.convert_to_numpy(layer.null_token)
+    for i in range(3):
+        np.testing.assert_array_equal(tokens_mask[i], [True, *mask[i]])
+        expected = rms_norm(np.stack([null, *sequence[i][mask[i]]]))
+        got = tokens[i][tokens_mask[i]]
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_context_embedding_knows_nothing_of_masked_places():
+    layer = ContextEmbedding(16)
+    sequence, mask = random_context()
+    expected = [ops.convert_to_numpy(x) for x in layer((sequence, mask))]
+    sequence[~mask] = np.nan
+    # As tokenizers give it.
+    integers = ops.convert_to_tensor(mask, "int32")
+    for got, want in zip(layer((sequence, integers)), expected):
+        np.testing.assert_array_equal(ops.convert_to_numpy(got), want)
+
+
+def test_context_embedding_config_round_trip():
+    layer = ContextEmbedding(12, name="context", dtype="mixed_bfloat16")
+    stored = keras.saving.serialize_keras_object(layer)
+    loaded = keras.saving.deserialize_keras_object(stored)
+    assert loaded.get_config() == layer.get_config()
+    assert loaded.width == 12
+
+
+def numpy_cross_attention(w, maps, tokens, mask, head_width=16):
+    heads = (len(maps), -1, maps.shape[-1] // head_width, head_width)
+    query = dense(w, "query", maps).reshape(heads)
+    key, value = (
+        part.reshape(heads)
+        for part in np.split(dense(w, "key_value", tokens), 2, axis=-1)
+    )
+    query, key = rms_norm(query) * w["norm_query/scale"], rms_norm(key)
+    logits = np.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(head_width)
+    share = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    share *= mask[:, None, None]
+    share /= share.sum(axis=-1, keepdims=True)
+    attended = np.einsum("bhqk,bkhd->bqhd", share, value)
+    return dense(w, "attention_output", attended.reshape(maps.shape))
+
+
+def built_with_context():
+    """A transformer block, and inputs with tokens and their mask."""
+    inputs = random_inputs(TransformerBlock)
+    tokens, mask = random_context()
+    mask[1, 4] = True
+    inputs += [ops.convert_to_tensor(tokens), ops.convert_to_tensor(mask)]
+    block = TransformerBlock(head_width=16)
+    block.build([tuple(x.shape) for x in inputs])
+    return fill(block), inputs
+
+
+def test_cross_attention_is_its_numpy_reference():
+    block, (maps, _, tokens, mask) = built_with_context()
+    layer = block.cross_attention
+    exact = [ops.convert_to_numpy(x).astype("float64") for x in (maps, tokens)]
+    expected = numpy_cross_attention(
+        weights(layer), *exact, ops.convert_to_numpy(mask)
+    )
+    got = run(layer, (maps, tokens, mask))
+    np.testing.assert_allclose(got, expected, atol=3e-5)
+
+
+def test_cross_attention_stands_between_self_attention_and_mlp():
+    block, (maps, embedding, *context) = built_with_context()
+    x = maps + block._attention(ops.rms_normalization(maps))
+    x = x + block.cross_attention((ops.rms_normalization(x), *context))
+    h = ops.silu(block.mlp_hidden(ops.rms_normalization(x)))
+    modulation = block.modulation(ops.silu(embedding))[:, None, None]
+    scale, shift = ops.split(modulation, 2, axis=-1)
+    expected = x + block.mlp_output(h * (1 + scale) + shift)
+    got = run(block, (maps, embedding, *context))
+    np.testing.assert_allclose(got, ops.convert_to_numpy(expected), atol=1e-5)
+
+
+def test_a_block_with_context_begins_as_the_identity():
+    _, inputs = built_with_context()
+    got = run(TransformerBlock(head_width=16), inputs)
+    np.testing.assert_array_equal(got, ops.convert_to_numpy(inputs[0]))
+
+
+def test_cross_attention_config_round_trip():
+    layer = CrossAttention(12, name="cross", dtype="mixed_bfloat16")
+    stored = keras.saving.serialize_keras_object(layer)
+    loaded = keras.saving.deserialize_keras_object(stored)
+    assert loaded.get_config() == layer.get_config()
+    assert loaded.head_width == 12

@@ -1,3 +1,5 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -20,6 +22,13 @@ SHAPES = {
         "num_classes": 3,
         "dropout": (0.0, 0.1, 0.2),
     },
+    "context": {
+        "widths": (40, 32),
+        "depths": (1, 1),
+        "attention": (False, True),
+        "num_classes": 3,
+        "context_width": 24,
+    },
 }
 every_shape = pytest.mark.parametrize(
     "config", SHAPES.values(), ids=list(SHAPES)
@@ -35,6 +44,12 @@ def inputs_for(network):
     }
     if network.num_classes:
         inputs["labels"] = ops.arange(3, dtype="int32")
+    if network.context_width:
+        context = rng.standard_normal((3, 4, network.context_width))
+        # Some real tokens, none, all.
+        mask = [[True, True, False, False], [False] * 4, [True] * 4]
+        inputs["context"] = ops.convert_to_tensor(context, "float32")
+        inputs["context_mask"] = ops.convert_to_tensor(mask)
     return inputs
 
 
@@ -52,9 +67,10 @@ def test_output_has_the_shape_of_the_images(tiny_uvit, config):
     assert ops.convert_to_numpy(got).std() > 0.01
 
 
-def test_mixed_precision(tiny_uvit):
-    full = tiny_uvit()
-    half = tiny_uvit(dtype="mixed_bfloat16")
+@every_shape
+def test_mixed_precision(tiny_uvit, config):
+    full = tiny_uvit(**config)
+    half = tiny_uvit(**config, dtype="mixed_bfloat16")
     half.set_weights(full.get_weights())
     inputs = inputs_for(full)
     assert keras.backend.standardize_dtype(half(inputs).dtype) == "bfloat16"
@@ -64,6 +80,17 @@ def test_mixed_precision(tiny_uvit):
     # bfloat16 has 8 bits, and a block stores some ten times.
     error = np.abs(outputs(half, inputs) - exact)
     assert error.mean() < 0.05 * np.abs(exact).mean()
+
+
+def test_half_precision_tells_a_teachers_steps_apart(tiny_uvit):
+    network = tiny_uvit(dtype="mixed_bfloat16")
+    inputs = inputs_for(network)
+    # These are one number in bfloat16.
+    got = [
+        outputs(network, {**inputs, "logsnr": ops.full((3,), logsnr)})
+        for logsnr in (5.0, 5.01)
+    ]
+    assert np.abs(got[0] - got[1]).max() > 1e-2
 
 
 def test_a_new_network_says_zero(tiny_uvit):
@@ -96,7 +123,7 @@ def test_count_of_parameters_in_closed_form(tiny_uvit):
 
     resnet = 18 * c_0**2 + 2 * c_0 + (e + 1) * 2 * c_0 + 4 * c_0
     blocks = 2 * resnet + 2 * transformer(c_1) + 2 * transformer(c_2)
-    conditioning = 2 * e * (e + 1) + 3 * e
+    conditioning = 2 * e * (e + 1) + (3 + 1) * e
     ends = (pixels + 1) * c_0 + c_0 + (c_0 + 1) * pixels
     widen = (c_0 + 1) * c_1 + (c_1 + 1) * c_2
     narrow = (c_1 + 1) * c_0 + (c_2 + 1) * c_1
@@ -104,6 +131,19 @@ def test_count_of_parameters_in_closed_form(tiny_uvit):
     assert network.count_params() == (
         blocks + conditioning + ends + widen + narrow + places
     )
+
+
+def test_parameters_of_the_conditioning_on_a_context(tiny_uvit):
+    with_context = SHAPES["context"]
+    without = {**with_context, "context_width": None}
+    more, less = (
+        tiny_uvit(**config).count_params() for config in (with_context, without)
+    )
+    c, w, e, head = 32, 24, 32, 16
+    # Query and output; keys and values; a norm. One block in the middle.
+    cross_attention = 2 * (c + 1) * c + (w + 1) * 2 * c + head
+    null_token, pooled = w, (w + 1) * e
+    assert more - less == cross_attention + null_token + pooled
 
 
 def test_every_block_is_added_to_its_mirror_image(tiny_uvit):
@@ -135,14 +175,104 @@ def test_labels_change_the_output(tiny_uvit):
     inputs = inputs_for(network)
     got = [
         outputs(network, {**inputs, "labels": ops.full((3,), i, "int32")})
-        for i in range(3)
+        for i in range(4)  # 3: no class
     ]
-    assert not np.allclose(got[0], got[1], atol=1e-3)
-    assert not np.allclose(got[1], got[2], atol=1e-3)
+    for one, other in itertools.pairwise(got):
+        assert not np.allclose(one, other, atol=1e-3)
     # Each example has its own.
     mixed = {**inputs, "labels": ops.convert_to_tensor([2, 0, 1], "int32")}
     expected = [got[2][0], got[0][1], got[1][2]]
     np.testing.assert_allclose(outputs(network, mixed), expected, atol=1e-5)
+
+
+def test_masked_tokens_have_no_influence(tiny_uvit):
+    network = tiny_uvit(**SHAPES["context"])
+    inputs = inputs_for(network)
+    expected = outputs(network, inputs)
+    mask = inputs["context_mask"]
+    poisoned = ops.where(mask[..., None], inputs["context"], np.nan)
+    got = outputs(network, {**inputs, "context": poisoned})
+    np.testing.assert_array_equal(got, expected)
+    longer = {
+        **inputs,
+        "context": ops.pad(poisoned, ((0, 0), (0, 3), (0, 0))),
+        "context_mask": ops.pad(ops.cast(mask, "int32"), ((0, 0), (0, 3))),
+    }
+    np.testing.assert_allclose(outputs(network, longer), expected, atol=1e-5)
+
+
+def test_real_tokens_have_influence_each_on_its_own_image(tiny_uvit):
+    network = tiny_uvit(**SHAPES["context"])
+    inputs = inputs_for(network)
+    expected = outputs(network, inputs)
+    context = ops.convert_to_numpy(inputs["context"]).copy()
+    context[0, 1] = -context[0, 1]
+    changed = {**inputs, "context": ops.convert_to_tensor(context)}
+    got = outputs(network, changed)
+    assert not np.allclose(got[0], expected[0], atol=1e-3)
+    np.testing.assert_allclose(got[1:], expected[1:], atol=1e-6)
+
+
+def test_a_mask_of_nothing_is_a_network_without_a_context(tiny_uvit):
+    network = tiny_uvit(**SHAPES["context"])
+    inputs = inputs_for(network)
+    got = []
+    for length in (4, 1):
+        none = {
+            "context": ops.full((3, length, 24), 9.0 * length),
+            "context_mask": ops.zeros((3, length), "bool"),
+        }
+        got.append(outputs(network, {**inputs, **none}))
+    assert np.all(np.isfinite(got))
+    np.testing.assert_allclose(*got, atol=1e-6)
+    np.testing.assert_allclose(
+        got[0][1], outputs(network, inputs)[1], atol=1e-6
+    )
+
+
+def test_a_mask_of_nothing_has_finite_gradients(tiny_uvit):
+    network = tiny_uvit(**SHAPES["context"])
+    inputs = inputs_for(network)
+    inputs["context"] = inputs["context"] * np.nan
+    inputs["context_mask"] = ops.zeros((3, 4), "bool")
+    target, before = inputs["z"], network.get_weights()
+    network.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    assert np.isfinite(network.train_on_batch(inputs, target))
+    changed = 0
+    for weight, old in zip(network.trainable_variables, before):
+        new = ops.convert_to_numpy(weight)
+        assert np.all(np.isfinite(new)), weight.path
+        changed += np.any(new != old)
+    assert changed > len(before) / 2
+
+
+def test_the_length_of_the_context_may_be_unknown(tiny_uvit):
+    network = tiny_uvit(**SHAPES["context"])
+    inputs = inputs_for(network)
+    symbolic = {
+        name: keras.KerasTensor(
+            (None, None, *value.shape[2:])
+            if "context" in name
+            else (None, *value.shape[1:]),
+            keras.backend.standardize_dtype(value.dtype),
+        )
+        for name, value in inputs.items()
+    }
+    assert network(symbolic).shape == (None, 8, 8, 1)
+    compiled = backend.compile_inference(
+        lambda *values: network(dict(zip(inputs, values))), network.variables
+    )
+    for length in (4, 2):
+        part = {
+            **inputs,
+            "context": inputs["context"][:, :length],
+            "context_mask": inputs["context_mask"][:, :length],
+        }
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(compiled(*part.values())),
+            outputs(network, part),
+            atol=1e-5,
+        )
 
 
 def test_noise_level_changes_the_output(tiny_uvit):
@@ -153,8 +283,9 @@ def test_noise_level_changes_the_output(tiny_uvit):
     assert not np.allclose(got, changed, atol=1e-3)
 
 
-def test_every_weight_has_a_say(tiny_uvit):
-    network = tiny_uvit(**SHAPES["all"])
+@pytest.mark.parametrize("shape", ["all", "context"])
+def test_every_weight_has_a_say(tiny_uvit, shape):
+    network = tiny_uvit(**SHAPES[shape])
     inputs = inputs_for(network)
     compiled = backend.compile_inference(
         lambda *values: network(dict(zip(inputs, values))), network.variables
@@ -173,8 +304,9 @@ def test_every_weight_has_a_say(tiny_uvit):
         weight.assign(value)
 
 
-def test_examples_do_not_see_each_other(tiny_uvit):
-    network = tiny_uvit(**SHAPES["all"])
+@pytest.mark.parametrize("shape", ["all", "context"])
+def test_examples_do_not_see_each_other(tiny_uvit, shape):
+    network = tiny_uvit(**SHAPES[shape])
     inputs = inputs_for(network)
     swapped = {name: ops.flip(value, 0) for name, value in inputs.items()}
     got, other = outputs(network, inputs), outputs(network, swapped)
@@ -255,6 +387,66 @@ def test_dropout_is_per_stage_and_its_seeds_are_all_different(tiny_uvit):
     assert len(set(seeds)) == len(seeds) == 6
     # Keras draws from seed + counter on one backend: far apart they must be.
     assert np.diff(np.sort(seeds)).min() > 100_000
+
+
+@every_shape
+def test_saved_and_loaded(tiny_uvit, config, tmp_path):
+    network = tiny_uvit(**config)
+    inputs = inputs_for(network)
+    network.save(tmp_path / "network.keras")
+    loaded = keras.saving.load_model(tmp_path / "network.keras")
+    np.testing.assert_array_equal(
+        outputs(loaded, inputs), outputs(network, inputs)
+    )
+
+
+def test_flops_in_closed_form(tiny_uvit):
+    network = tiny_uvit(**SHAPES["all"], context_width=24)
+    (c_0, c_1, c_2), e, w, pixels = network.widths, 32, 24, 2 * 2 * 2
+    n_0, n_1, n_2 = 4 * 8, 2 * 4, 1 * 2
+    length = 5 + 1
+
+    def transformer(c, n):
+        dense = n * (4 + 2 * 4) * c**2 + e * 8 * c
+        cross = n * 2 * c**2 + length * w * 2 * c
+        return dense + 2 * n * n * c + cross + 2 * n * length * c
+
+    # At the edge a convolution reaches beyond the image, where nothing is.
+    taps = (4 * 3 - 2) * (8 * 3 - 2)
+    resnet = 2 * taps * c_0**2 + e * 2 * c_0
+    products = 2 * (resnet + transformer(c_1, n_1) + transformer(c_2, n_2))
+    products += 2 * e**2 + w * e + 2 * n_0 * pixels * c_0
+    products += n_1 * c_0 * c_1 + n_2 * c_1 * c_2  # after pooling
+    products += n_1 * c_1 * c_2 + n_0 * c_0 * c_1  # after unpooling
+    assert network.flops(context_length=5) == 2 * products
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="XLA counts, by JAX")
+@pytest.mark.parametrize("context_width", [None, 96])
+def test_flops_are_xlas(context_width):
+    import jax
+
+    network = UViT(
+        image_shape=(16, 32, 3),
+        widths=(128, 256),
+        depths=(1, 2),
+        attention=(False, True),
+        embedding_width=256,
+        num_classes=3,
+        context_width=context_width,
+    )
+    # Of one image, as what is once per image must not be once per batch.
+    inputs = {name: x[:1] for name, x in inputs_for(network).items()}
+
+    def forward(values, inputs):
+        with keras.StatelessScope(zip(network.variables, values)):
+            return network(inputs)
+
+    values = [variable.value for variable in network.variables]
+    compiled = jax.jit(forward).lower(values, inputs).compile()
+    assert network.flops(context_length=4) == pytest.approx(
+        compiled.cost_analysis()["flops"], rel=0.02
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""Progressive distillation (Salimans & Ho, 2022), the paper's baseline."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_mscm import functional as F
+from keras_mscm import losses
+from keras_mscm.functional.process import Tensor
+from keras_mscm.models import checks
+from keras_mscm.models.base import Conditioning, Example, clone_network
+from keras_mscm.models.student import StudentModel
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class ProgressiveDistillationModel(StudentModel):
+    """Halves the number of steps again and again, within one `fit`.
+
+    In each stage the model learns to do in one step what its teacher does in
+    two. After `iterations_per_stage` updates its moving average becomes the
+    teacher, and it begins with that itself; the last stage ends with
+    `student_steps`. The teacher is a part of this model and of its file.
+
+    A learning rate that restarts with each stage is Keras'
+    `CosineDecayRestarts(rate, iterations_per_stage, t_mul=1.0, m_mul=1.0)`.
+
+    Args:
+        network: A trained diffusion model's network; `from_teacher` takes it.
+        schedule: Noise schedule, as in `DenoisingModel`.
+        student_steps: Evaluations that `generate` takes in the end (K).
+        teacher_steps: Steps of the first teacher: `student_steps` times a
+            power of 2, at least 2.
+        iterations_per_stage: Updates in each stage, at least 1.
+        **kwargs: As in `StudentModel`: `integrator`, `eta`, `x_var`, and what
+            `DenoisingModel` takes. There is no `guidance_scale`: distil a
+            guided teacher by `GuidanceDistillationModel` first.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> from keras_mscm import DiffusionModel, UViT
+    >>> network = UViT(image_shape=(8, 8, 1), widths=[64], depths=[1],
+    ...                attention=True)
+    >>> teacher = DiffusionModel(network)  # trained, in earnest
+    >>> student = ProgressiveDistillationModel.from_teacher(
+    ...     teacher, student_steps=2, teacher_steps=8, iterations_per_stage=1
+    ... )
+    >>> student.compile(optimizer=keras.optimizers.Adam(1e-4))
+    >>> images = ops.zeros((64, 8, 8, 1))
+    >>> _ = student.fit(images, batch_size=32, verbose=0)
+    >>> student.generate(4, num_steps=2).shape
+    (4, 8, 8, 1)
+
+    Reference:
+        Salimans & Ho, 2022, algorithm 2; with aDDIM, the paper's table 3.
+    """
+
+    default_weighting = staticmethod(losses.snr_plus_one)
+
+    def __init__(
+        self,
+        network: keras.Layer,
+        schedule: Any = None,
+        *,
+        student_steps: int,
+        teacher_steps: int = 512,
+        iterations_per_stage: int = 50_000,
+        **kwargs: Any,
+    ):
+        checks.check_positive_integer("student_steps", student_steps)
+        checks.check_positive_integer("teacher_steps", teacher_steps)
+        checks.check_positive_integer(
+            "iterations_per_stage", iterations_per_stage
+        )
+        stages = math.log2(teacher_steps / student_steps)
+        if stages < 1 or stages != int(stages):
+            raise ValueError(
+                f"`teacher_steps` must be student_steps={student_steps} times "
+                "2, 4, 8 or another power of 2. Received: teacher_steps="
+                f"{teacher_steps}"
+            )
+        if kwargs.pop("guidance_scale", 1.0) != 1:
+            raise ValueError(
+                "`guidance_scale` must be 1: after the first stage the teacher "
+                "is a student that would be guided again. Distil the guided "
+                "teacher by a `GuidanceDistillationModel` first"
+            )
+        super().__init__(
+            network, schedule, student_steps=student_steps, **kwargs
+        )
+        self.teacher_steps, self.stages = teacher_steps, int(stages)
+        self.iterations_per_stage = iterations_per_stage
+        self.teacher.hold(clone_network(network, "teacher_network"))
+        self.teacher.saved = True
+
+    def stage_steps(self) -> Tensor:
+        """The student's number of steps in the present stage, a scalar."""
+        stage = self.iteration.value // self.iterations_per_stage
+        halvings = 1 + ops.minimum(stage, self.stages - 1)
+        return self.teacher_steps / 2.0 ** ops.cast(halvings, "float32")
+
+    def trained_steps(self) -> int:
+        return round(float(ops.convert_to_numpy(self.stage_steps())))
+
+    def default_loss(self) -> keras.losses.Loss:
+        return losses.SquaredL2()
+
+    def training_example(
+        self, images: Tensor, conditioning: Conditioning, training: bool
+    ) -> Example:
+        x, seed, batch = images, self.seed_generator, ops.shape(images)[:1]
+        epsilon = keras.random.normal(ops.shape(x), seed=seed)
+
+        # A student's step from t to t_step, the teacher's two by way of s.
+        steps = self.stage_steps()
+        i = 1 + ops.floor(keras.random.uniform(batch, seed=seed) * steps)
+        times = i / steps, (i - 0.5) / steps, (i - 1) / steps
+        logsnr_t, logsnr_s, logsnr_step = map(self.schedule, times)
+
+        z_t = F.add_noise(x, epsilon, logsnr_t)
+        first = self.teacher_step(x, z_t, logsnr_t, logsnr_s, conditioning)
+        z_s = F.ddim(first, z_t, logsnr_t, logsnr_s)
+        second = self.teacher_step(x, z_s, logsnr_s, logsnr_step, conditioning)
+
+        # The x with which DDIM goes to where both lead, by inverse DDIM.
+        target = F.consistency_target(
+            first, second, logsnr_t, logsnr_s, logsnr_step
+        )
+        inputs = {"z": z_t, "logsnr": logsnr_t, **conditioning}
+        return inputs, target, self.weighting(logsnr_t)
+
+    def _after_update(self, before: Tensor, batch: Tensor) -> None:
+        super()._after_update(before, batch)
+        i = self.iteration.value
+        ends = ops.logical_and(
+            i % self.iterations_per_stage == 0,
+            i < self.stages * self.iterations_per_stage,
+        )
+        # Of the batches of a gradient accumulation only the last updates.
+        ends = ops.logical_and(ends, self.optimizer.iterations > before)
+        for average, *others in zip(
+            self.ema_network.weights,
+            self.network.weights,
+            self.teacher.network.weights,
+            strict=True,
+        ):
+            for other in others:
+                other.assign(ops.where(ends, average.value, other.value))
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            **super().get_config(),
+            "teacher_steps": self.teacher_steps,
+            "iterations_per_stage": self.iterations_per_stage,
+        }
+        del config["guidance_scale"]
+        return config

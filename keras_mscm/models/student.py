@@ -1,0 +1,175 @@
+"""What the few-step models share: the teacher's step, and how they sample."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mscm import samplers
+from keras_mscm.functional.process import Tensor
+from keras_mscm.models import checks
+from keras_mscm.models.base import Conditioning
+from keras_mscm.models.teacher import TaughtModel
+
+
+class StudentModel(TaughtModel):
+    """A model that takes few steps where its teacher takes many.
+
+    Args:
+        network: Network, as in `DenoisingModel`. Usually made by
+            `from_teacher`.
+        schedule: Noise schedule, as in `DenoisingModel`.
+        student_steps: Evaluations that `generate` takes (K), at least 1.
+        integrator: The teacher's step: a deterministic sampler (`ADDIM()`,
+            `DDIM()`, `Heun()`), or a function of `(x, z_t, logsnr_t, logsnr_s,
+            x_var, denoise)` that returns the `x` with which DDIM takes the
+            step (as `samplers.DDIM.step_x`; from a `z_s`, `inverse_ddim` tells
+            it).
+        eta: Share of the teacher's squared error that aDDIM takes for the
+            posterior variance, in [0, 1]; 0 makes it DDIM (appendix A.1:
+            xvar_frac 0.75). The error is the conditional prediction's, also
+            under guidance.
+        x_var: Function of log-SNR that gives the posterior variance instead,
+            such as `functional.analytic_x_var`.
+        **kwargs: As in `TaughtModel`.
+    """
+
+    def __init__(
+        self,
+        network: keras.Layer,
+        schedule: Any = None,
+        *,
+        student_steps: int,
+        integrator: Any = None,
+        eta: float = 0.75,
+        x_var: samplers.Variance | None = None,
+        **kwargs: Any,
+    ):
+        checks.check_positive_integer("student_steps", student_steps)
+        checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
+        integrator = samplers.ADDIM() if integrator is None else integrator
+        if isinstance(integrator, samplers.Sampler) and integrator.stochastic:
+            raise ValueError(
+                "`integrator` must be deterministic: a student learns where "
+                "one z_t leads, and noise in the teacher's step leads it to "
+                "many places, of which it would learn the blurred mean. "
+                f"Received: integrator={integrator}"
+            )
+        for name, value in {"integrator": integrator, "x_var": x_var}.items():
+            if value is not None and not callable(value):
+                raise ValueError(
+                    f"`{name}` must be a function (`integrator` also a "
+                    f"sampler). Received: {name}={value!r}"
+                )
+        super().__init__(network, schedule, **kwargs)
+        self.student_steps, self.eta = student_steps, eta
+        self.integrator, self.x_var = integrator, x_var
+
+    def teacher_step(
+        self,
+        x: Tensor,
+        z_t: Tensor,
+        logsnr_t: Tensor,
+        logsnr_s: Tensor,
+        conditioning: Conditioning,
+    ) -> Tensor:
+        """The `x` with which DDIM takes the teacher's step from t to s.
+
+        Args:
+            x: The images that `z_t` was made of, `(batch, ...)`.
+            z_t: Noisy images at t, of the same shape.
+            logsnr_t: Log-SNR at t, `(batch,)`.
+            logsnr_s: Log-SNR at s, `(batch,)`.
+            conditioning: What the network takes besides.
+
+        Returns:
+            Images, `(batch, ...)`.
+        """
+        x_teacher, x_conditional = self.teach(z_t, logsnr_t, conditioning)
+        if self.x_var is not None:
+            x_var = self.x_var(logsnr_t)
+        else:
+            square = ops.square(x_conditional - x)
+            x_var = self.eta * ops.mean(square, axis=(1, 2, 3))
+
+        def denoise(z, logsnr):
+            return self.teach(z, logsnr, conditioning)[0]
+
+        integrate = getattr(self.integrator, "step_x", self.integrator)
+        return integrate(x_teacher, z_t, logsnr_t, logsnr_s, x_var, denoise)
+
+    def trained_steps(self) -> int:
+        """Number of steps that the model is trained for at present."""
+        return self.student_steps
+
+    def generate(
+        self,
+        num_images: int | None = None,
+        *,
+        num_steps: int | None = None,
+        labels: Any = None,
+        context: Any = None,
+        context_mask: Any = None,
+        noise: Any = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Draws images in `student_steps` evaluations (algorithm 2).
+
+        Args:
+            num_images: How many; one of each class by default.
+            num_steps: Evaluations of the network: `student_steps`, which is
+                what it was trained for.
+            labels: Classes, `(num_images,)`; 0, 1, ... in turn by default.
+            context: Sequence conditioning, `(num_images, length,
+                context_width)`; none by default.
+            context_mask: Which of it counts, `(num_images, length)`; all by
+                default.
+            noise: Standard normal noise to begin from, `(num_images, height,
+                width, channels)`.
+            seed: Seed of that noise, where it isn't given.
+            batch_size: Images per call of the compiled sampler, 128 at most by
+                default. Each batch size is compiled once.
+
+        Returns:
+            NumPy array, `(num_images, height, width, channels)`, clipped to
+            [-1, 1].
+
+        Raises:
+            ValueError: If `num_steps` is not `student_steps`, or an argument
+                is out of its range, or they disagree.
+        """
+        trained = self.trained_steps()
+        if num_steps is None:
+            num_steps = trained
+        checks.check_positive_integer("num_steps", num_steps)
+        if num_steps != trained:
+            raise ValueError(
+                "`num_steps` must be the number that the student was trained "
+                f"for, student_steps={trained}. Received: "
+                f"num_steps={num_steps}"
+            )
+        return self._generate(
+            samplers.DDIM(),
+            num_steps,
+            num_images=num_images,
+            conditioning={
+                "labels": labels,
+                "context": context,
+                "context_mask": context_mask,
+            },
+            noise=noise,
+            seed=seed,
+            batch_size=batch_size,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "student_steps": self.student_steps,
+            "integrator": serialize(self.integrator),
+            "eta": self.eta,
+            "x_var": serialize(self.x_var),
+        }
