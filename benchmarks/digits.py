@@ -57,10 +57,8 @@ class Experiment:
         )
         self.wanted = np.arange(args.num_samples, dtype="int32") % 10
 
-    def data(self, seed):
-        return digits.batches(
-            self.images, self.labels, self.args.batch_size, seed
-        )
+    def data(self, batch_size, seed):
+        return digits.batches(self.images, self.labels, batch_size, seed)
 
     def evaluate(self, model, num_steps, name="ddim", **kwargs):
         images = model.generate(
@@ -84,7 +82,7 @@ class Experiment:
         )
         digits.train(
             teacher,
-            self.data(self.seed),
+            self.data(self.args.teacher_batch_size, self.seed),
             self.args.teacher_learning_rate,
             self.args.teacher_iterations,
         )
@@ -107,9 +105,10 @@ class Experiment:
         common = dict(
             student_steps=student_steps, ema_decay=0.998, seed=self.seed + 1
         )
-        optimizer = digits.make_optimizer(
-            args.student_learning_rate, iterations
-        )
+        # One step from noise to image asks for a lower rate (measured, seed 0:
+        # CD at K = 1 is 5.5 times its teacher with 1e-3, 1.7 times with 5e-4).
+        rate = args.student_learning_rate / (2 if student_steps == 1 else 1)
+        optimizer = digits.make_optimizer(rate, iterations)
         if method == "progressive":
             stages = (args.progressive_start // student_steps).bit_length() - 1
             per_stage = iterations // stages
@@ -117,11 +116,12 @@ class Experiment:
                 teacher,
                 teacher_steps=args.progressive_start,
                 iterations_per_stage=per_stage,
-                **common,
+                # Each stage hands on its average: it must be shorter than one.
+                **{**common, "ema_decay": 0.99},
             )
             optimizer = keras.optimizers.Adam(
                 keras.optimizers.schedules.CosineDecayRestarts(
-                    args.student_learning_rate, per_stage, t_mul=1.0, alpha=0.01
+                    rate, per_stage, t_mul=1.0, alpha=0.01
                 ),
                 beta_2=0.99,
             )
@@ -137,7 +137,7 @@ class Experiment:
         begun = time.perf_counter()
         student.compile(optimizer=optimizer)
         student.fit(
-            self.data(self.seed + 1),
+            self.data(args.batch_size, self.seed + 1),
             steps_per_epoch=iterations,
             callbacks=callbacks,
             verbose=0,
@@ -264,13 +264,14 @@ def main():
     parser.add_argument(
         "--student-steps", type=int, nargs="+", default=STUDENT_STEPS
     )
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-samples", type=int, default=3000)
+    parser.add_argument("--teacher-batch-size", type=int, default=128)
     parser.add_argument("--teacher-iterations", type=int, default=3000)
     parser.add_argument("--teacher-learning-rate", type=float, default=2e-3)
     parser.add_argument("--student-iterations", type=int, default=2000)
     parser.add_argument("--student-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--anneal-to", type=int, default=512)
+    parser.add_argument("--anneal-to", type=int, default=128)
     parser.add_argument("--progressive-start", type=int, default=64)
     parser.add_argument(
         "--presets",

@@ -321,7 +321,7 @@ def main(args):
         data(args.seed + 1),
         args.student_learning_rate,
         args.student_iterations,
-        [TeacherStepAnneal(16, 512, args.student_iterations // 2)],
+        [TeacherStepAnneal(16, 128, args.student_iterations // 2)],
     )
     done("student_trained")
 

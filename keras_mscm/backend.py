@@ -120,7 +120,7 @@ def random_state(*seeds: int) -> np.ndarray:
     Returns:
         Seed and count, as a `keras.random.SeedGenerator` holds them.
     """
-    words = np.random.SeedSequence([seed % 2**64 for seed in seeds])
+    words = np.random.SeedSequence([int(seed) % 2**64 for seed in seeds])
     seed = words.generate_state(1)[0] >> 1
     return np.asarray([seed, 0], "uint32" if NAME == "jax" else "int32")
 

@@ -12,6 +12,7 @@ EAGER = keras.backend.backend() == "torch"
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (96, 2, 2, 1))
 
 
+@keras.saving.register_keras_serializable(package="test_callbacks")
 class WeightOnly(keras.losses.Loss):
     """1, so that the loss is the mean of what the examples weigh."""
 
@@ -41,7 +42,7 @@ class CountingModel(MultistepConsistencyModel):
 def make_model():
     """A factory of compiled models whose loss is their number of times."""
 
-    def make(student_steps=2, accumulation=None):
+    def make(student_steps=2, accumulation=None, **compile_with):
         z = keras.Input((2, 2, 1), name="z")
         logsnr = keras.Input((), name="logsnr")
         network = keras.Model(
@@ -58,7 +59,7 @@ def make_model():
         optimizer = keras.optimizers.SGD(
             0.0, gradient_accumulation_steps=accumulation
         )
-        model.compile(optimizer, WeightOnly())
+        model.compile(optimizer, WeightOnly(), **compile_with)
         CountingModel.traces = 0
         return model
 
@@ -107,6 +108,29 @@ def test_iterations_are_updates_not_batches(make_model):
     np.testing.assert_allclose(
         times_taken(model, 6, callbacks=[anneal]), [2, 2, 4, 4, 8, 8]
     )
+
+
+def test_iterations_within_one_execution(make_model):
+    # PyTorch takes but one step at a time.
+    model = make_model(steps_per_execution=1 if EAGER else 2)
+    history = model.fit(
+        np.tile(IMAGES, (2, 1, 1, 1)),
+        batch_size=96,
+        epochs=3,
+        callbacks=[TeacherStepAnneal(2, 16, 3)],
+        verbose=0,
+    ).history
+    # 2 and 4, 8 and 16, 16 and 16.
+    np.testing.assert_allclose(history["loss"], [3, 12, 16])
+
+
+def test_a_loaded_model_goes_on(make_model, tmp_path):
+    model = make_model()
+    anneal = TeacherStepAnneal(start=2, end=8, iterations=2)
+    np.testing.assert_allclose(times_taken(model, 1, callbacks=[anneal]), [2])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(times_taken(loaded, 3), [4, 8, 8])
 
 
 def test_without_the_callback(make_model):

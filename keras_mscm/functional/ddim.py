@@ -136,9 +136,10 @@ def heun_x(
     `dy / dtau = epsilon`, and Heun's takes the mean of the slopes at t and at
     the s that DDIM reaches. Moved into `x` that is
 
-        x_t + tau_t / (2 tau_s) (x_s - x_t),  tau_t / tau_s = exp((l_s - l_t) / 2)
+        x_t + tau_t / (2 tau_s) (x_s - x_t)
 
-    (Karras et al., 2022, algorithm 1).
+    with `tau_t / tau_s = exp((l_s - l_t) / 2)` (Karras et al., 2022,
+    algorithm 1).
 
     Args:
         x_t: Prediction at t, `(batch, ...)`.

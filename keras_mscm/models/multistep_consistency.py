@@ -12,7 +12,6 @@ from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import checks
 from keras_mscm.models.base import Conditioning, Example
-from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.student import StudentModel
 
 METHODS = ("distillation", "training")
@@ -54,7 +53,7 @@ class MultistepConsistencyModel(StudentModel):
 
     Example:
 
-    >>> from keras_mscm import UViT
+    >>> from keras_mscm import DiffusionModel, UViT
     >>> from keras_mscm.callbacks import TeacherStepAnneal
     >>> network = UViT(image_shape=(8, 8, 1), widths=[64], depths=[1],
     ...                attention=True)

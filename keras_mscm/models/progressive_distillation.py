@@ -33,8 +33,9 @@ class ProgressiveDistillationModel(StudentModel):
         teacher_steps: Steps of the first teacher: `student_steps` times a
             power of 2, at least 2.
         iterations_per_stage: Updates in each stage, at least 1.
-        **kwargs: As in `StudentModel`: `integrator`, `eta`, `x_var`, and what
-            `DenoisingModel` takes. There is no `guidance_scale`: distil a
+        **kwargs: As in `StudentModel`: `integrator`, `eta`, `x_var`, which are
+            those of the first stage's teacher, and what `DenoisingModel`
+            takes. There is no `guidance_scale`: distil a
             guided teacher by `GuidanceDistillationModel` first.
 
     Raises:
@@ -97,11 +98,24 @@ class ProgressiveDistillationModel(StudentModel):
         self.teacher.hold(clone_network(network, "teacher_network"))
         self.teacher.saved = True
 
+    def stage(self) -> Tensor:
+        """The present stage, an integer scalar from 0."""
+        done = self.iteration.value // self.iterations_per_stage
+        return ops.minimum(done, self.stages - 1)
+
     def stage_steps(self) -> Tensor:
         """The student's number of steps in the present stage, a scalar."""
-        stage = self.iteration.value // self.iterations_per_stage
-        halvings = 1 + ops.minimum(stage, self.stages - 1)
-        return self.teacher_steps / 2.0 ** ops.cast(halvings, "float32")
+        halvings = ops.cast(self.stage() + 1, "float32")
+        return self.teacher_steps / 2.0**halvings
+
+    def teacher_step(self, x, z_t, logsnr_t, logsnr_s, conditioning):
+        x_teacher, x_conditional = self.teach(z_t, logsnr_t, conditioning)
+        x_step = self.integrate(
+            x_teacher, x_conditional, x, z_t, logsnr_t, logsnr_s, conditioning
+        )
+        # aDDIM corrects a diffusion model's steps. From the second stage on
+        # the teacher is a student, whose DDIM steps have learnt that already.
+        return ops.where(self.stage() == 0, x_step, x_teacher)
 
     def trained_steps(self) -> int:
         return round(float(ops.convert_to_numpy(self.stage_steps())))

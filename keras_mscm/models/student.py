@@ -86,7 +86,22 @@ class StudentModel(TaughtModel):
         Returns:
             Images, `(batch, ...)`.
         """
-        x_teacher, x_conditional = self.teach(z_t, logsnr_t, conditioning)
+        predictions = self.teach(z_t, logsnr_t, conditioning)
+        return self.integrate(
+            *predictions, x, z_t, logsnr_t, logsnr_s, conditioning
+        )
+
+    def integrate(
+        self,
+        x_teacher: Tensor,
+        x_conditional: Tensor,
+        x: Tensor,
+        z_t: Tensor,
+        logsnr_t: Tensor,
+        logsnr_s: Tensor,
+        conditioning: Conditioning,
+    ) -> Tensor:
+        """`teacher_step`, given the teacher's predictions at t."""
         if self.x_var is not None:
             x_var = self.x_var(logsnr_t)
         else:

@@ -1,5 +1,10 @@
 """Files hold all that a model is; a resumed training is the same training."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import keras
 import numpy as np
 import pytest
@@ -38,9 +43,14 @@ def pair(make_teacher, make_student):
     """
     teacher = make_teacher(num_classes=3, dropout=0.3)
 
-    def student(seed):
+    def student(seed, accumulation=None):
         keras.utils.set_random_seed(seed)  # other draws, in a new process
-        return make_student(teacher=teacher)
+        optimizer = keras.optimizers.Adam(
+            1e-2, gradient_accumulation_steps=accumulation
+        )
+        return make_student(
+            teacher=teacher, compile_with={"optimizer": optimizer}
+        )
 
     return teacher, student
 
@@ -67,11 +77,14 @@ class Interrupt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+# Of three batches whose gradients are accumulated, the interruption comes
+# after the first.
+@pytest.mark.parametrize("accumulation", [None, 3])
 def test_resumed_training_is_the_uninterrupted_one(
-    pair, toy_images, weights_of, tmp_path
+    accumulation, pair, toy_images, weights_of, tmp_path
 ):
     teacher, make = pair
-    whole = make(0)
+    whole = make(0, accumulation)
     expected_losses = fit(whole, toy_images, 4)
     expected = all_state(whole, weights_of)
     noise = toy_images(3)
@@ -79,16 +92,16 @@ def test_resumed_training_is_the_uninterrupted_one(
 
     # BackupAndRestore, at each epoch.
     backup = tmp_path / "backup"
-    interrupted = make(0)
+    interrupted = make(0, accumulation)
+    file = tmp_path / "student.keras"
+    checkpoints = [
+        keras.callbacks.BackupAndRestore(backup),
+        keras.callbacks.ModelCheckpoint(file),
+    ]
     with pytest.raises(KeyboardInterrupt):
-        fit(
-            interrupted,
-            toy_images,
-            4,
-            callback=[keras.callbacks.BackupAndRestore(backup), Interrupt()],
-        )
+        fit(interrupted, toy_images, 4, callback=[*checkpoints, Interrupt()])
     half = all_state(interrupted, weights_of)
-    resumed = make(1)
+    resumed = make(1, accumulation)
     resumed_losses = fit(
         resumed,
         toy_images,
@@ -99,9 +112,8 @@ def test_resumed_training_is_the_uninterrupted_one(
     np.testing.assert_array_equal(resumed_losses, expected_losses[2:])
     assert_same(all_state(resumed, weights_of), expected)
 
-    # A .keras file of the interrupted model, with its teacher attached.
-    interrupted.save(tmp_path / "student.keras")
-    loaded = keras.saving.load_model(tmp_path / "student.keras")
+    # The last .keras file of ModelCheckpoint, with its teacher attached.
+    loaded = keras.saving.load_model(file)
     loaded.attach_teacher(teacher)
     assert_same(all_state(loaded, weights_of), half)
     losses_after = fit(loaded, toy_images, 4, initial_epoch=2)
@@ -111,11 +123,60 @@ def test_resumed_training_is_the_uninterrupted_one(
 
     # Its weights alone, into a new model.
     interrupted.save_weights(tmp_path / "student.weights.h5")
-    other = make(2)
+    other = make(2, accumulation)
     other.load_weights(tmp_path / "student.weights.h5")
     losses_after = fit(other, toy_images, 4, initial_epoch=2)
     np.testing.assert_array_equal(losses_after, expected_losses[2:])
     assert_same(all_state(other, weights_of), expected)
+
+
+RESUME = textwrap.dedent(
+    """
+    import sys
+    import keras
+    import numpy as np
+    import keras_mscm
+
+    folder = sys.argv[1]
+    teacher = keras.saving.load_model(f"{folder}/teacher.keras")
+    student = keras.saving.load_model(f"{folder}/student.keras")
+    student.attach_teacher(teacher)
+    data = np.load(f"{folder}/data.npz")
+    student.fit(
+        data["images"],
+        data["labels"],
+        batch_size=4,
+        shuffle=False,
+        epochs=4,
+        initial_epoch=2,
+        verbose=0,
+    )
+    state = [*student.variables, *student.optimizer.variables]
+    np.savez(f"{folder}/end.npz", *map(keras.ops.convert_to_numpy, state))
+    """
+)
+
+
+def test_resumed_in_a_new_process(pair, toy_images, weights_of, tmp_path):
+    teacher, make = pair
+    student = make(0)
+    fit(student, toy_images, 2)
+    teacher.save(tmp_path / "teacher.keras")
+    student.save(tmp_path / "student.keras")
+    np.savez(
+        tmp_path / "data.npz", images=toy_images(8), labels=np.arange(8) % 3
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", RESUME, tmp_path],
+        env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    fit(student, toy_images, 4, initial_epoch=2)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    end = np.load(tmp_path / "end.npz")
+    assert_same([end[name] for name in end], all_state(student, weights_of))
 
 
 def test_a_loaded_model_is_the_saved_one(make_teacher, toy_images, tmp_path):
@@ -221,3 +282,47 @@ def test_a_uvit_is_saved(tiny_uvit, toy_images, tmp_path):
     np.testing.assert_array_equal(
         model.predict(inputs, verbose=0), loaded.predict(inputs, verbose=0)
     )
+
+
+def test_a_file_fits_every_backend(make_teacher):
+    # Keras would write what "auto" is here, and PyTorch's own optimizers.
+    model = make_teacher(
+        compile_with={
+            "optimizer": keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.AdamW(1e-3)
+            )
+        }
+    )
+    config = model.get_compile_config()
+    assert config["jit_compile"] == "auto"
+    outer = config["optimizer"]
+    for optimizer in (outer, outer["config"]["inner_optimizer"]):
+        assert optimizer["module"] == "keras.optimizers"
+        assert optimizer["registered_name"] is None
+    model.compile("adam", jit_compile=False)
+    assert model.get_compile_config()["jit_compile"] is False
+    made = keras.saving.deserialize_keras_object(
+        model.get_compile_config()["optimizer"]
+    )
+    assert type(made) is type(model.optimizer)
+
+
+def test_a_mixed_precision_model_is_saved(make_teacher, toy_images, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = make_teacher(dropout=0.3)
+    finally:
+        keras.config.set_dtype_policy(before)
+    images = toy_images(8)
+    model.fit(images, batch_size=4, verbose=0)
+    model.save(tmp_path / "mixed.keras")
+    # In a process whose own policy is another one.
+    loaded = keras.saving.load_model(tmp_path / "mixed.keras")
+    for layer in (loaded, loaded.network.layers[-2]):
+        assert layer.dtype_policy.name == "mixed_bfloat16"
+    ends = []
+    for trained in (model, loaded):
+        history = trained.fit(images, batch_size=4, shuffle=False, verbose=0)
+        ends.append(trained.get_weights() + [history.history["loss"][0]])
+    assert_same(*ends)
