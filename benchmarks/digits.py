@@ -29,6 +29,7 @@ from keras_mscm import (
     DiffusionModel,
     MultistepConsistencyModel,
     ProgressiveDistillationModel,
+    preset_files,
     samplers,
 )
 from keras_mscm.callbacks import TeacherStepAnneal
@@ -36,6 +37,11 @@ from keras_mscm.callbacks import TeacherStepAnneal
 FOLDER = Path(__file__).with_suffix("")
 STUDENT_STEPS = (1, 2, 4, 8, 16)
 METHODS = ("training", "distillation", "progressive")
+DESCRIPTIONS = {
+    "digits_teacher": "Diffusion model of scikit-learn's digits.",
+    "digits_8_step": "Digits in 8 steps, distilled from digits_teacher.",
+    "digits_1_step": "Digits in 1 step, distilled from digits_teacher.",
+}
 # The paper's FID over its teacher's on ImageNet64, small (tables 1, 3 and 5).
 PAPER = {
     "training": {1: 4.8, 2: 1.8, 4: 1.2, 16: 1.0},
@@ -146,6 +152,47 @@ class Experiment:
         name = f"{method}_{student_steps}_{self.seed}.keras"
         student.save(FOLDER / "models" / name)
         return {**self.evaluate(student, student_steps), "seconds": seconds}
+
+
+def write_presets():
+    """The three presets that ship, from the models of seed 0."""
+    rows = (FOLDER / "results.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, rows) if row["seed"] == 0]
+    best = min(
+        (row for row in rows if row["method"] == "teacher"),
+        key=lambda row: row["frechet_distance"],
+    )
+    chosen = {
+        "digits_teacher": ("teacher_0", best),
+        **{
+            f"digits_{k}_step": (f"distillation_{k}_0", row)
+            for row in rows
+            for k in (8, 1)
+            if (row["method"], row["student_steps"]) == ("distillation", k)
+        },
+    }
+    for name, (file, row) in chosen.items():
+        model = keras.saving.load_model(FOLDER / "models" / f"{file}.keras")
+        model.save_to_preset(
+            preset_files.BUILT_IN / name,
+            weights_dtype="float16",
+            metadata={
+                "description": DESCRIPTIONS[name],
+                "command": "python -m benchmarks.digits --seeds 0 && "
+                "python -m benchmarks.digits --presets",
+                "measured": {
+                    key: row[key]
+                    for key in (
+                        "frechet_distance",
+                        "label_accuracy",
+                        "num_steps",
+                        "sampler",
+                        "num_samples",
+                        "settings",
+                    )
+                },
+            },
+        )
 
 
 def provenance(args):

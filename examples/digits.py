@@ -289,8 +289,8 @@ def main(args):
     def evaluate(samples, labels, sampler, num_steps):
         return judge.judge(samples, labels, held_out, sampler, num_steps)
 
-    def data(seed):
-        return batches(images, labels, args.batch_size, seed)
+    def data(batch_size, seed):
+        return batches(images, labels, batch_size, seed)
 
     print(f"\nTraining the teacher, {args.teacher_iterations} iterations")
     teacher = DiffusionModel(
@@ -298,7 +298,7 @@ def main(args):
     )
     train(
         teacher,
-        data(args.seed),
+        data(args.teacher_batch_size, args.seed),
         args.teacher_learning_rate,
         args.teacher_iterations,
     )
@@ -318,7 +318,7 @@ def main(args):
     )
     train(
         student,
-        data(args.seed + 1),
+        data(args.student_batch_size, args.seed + 1),
         args.student_learning_rate,
         args.student_iterations,
         [TeacherStepAnneal(16, 128, args.student_iterations // 2)],
@@ -400,8 +400,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--output", default="demo")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--num-samples", type=int, default=3000)
+    parser.add_argument("--teacher-batch-size", type=int, default=128)
     parser.add_argument("--teacher-iterations", type=int, default=3000)
     parser.add_argument("--teacher-learning-rate", type=float, default=2e-3)
     parser.add_argument(
@@ -410,6 +410,7 @@ if __name__ == "__main__":
         choices=("sqrt_snr_plus_one", "snr_plus_one"),
         help="weight of the student's loss over time",
     )
-    parser.add_argument("--student-iterations", type=int, default=3000)
+    parser.add_argument("--student-batch-size", type=int, default=64)
+    parser.add_argument("--student-iterations", type=int, default=4000)
     parser.add_argument("--student-learning-rate", type=float, default=1e-3)
     main(parser.parse_args())

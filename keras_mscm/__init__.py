@@ -1,6 +1,13 @@
 """Few-step diffusion for Keras 3: multistep consistency models."""
 
-from keras_mscm import callbacks, functional, losses, samplers, schedules
+from keras_mscm import (
+    callbacks,
+    functional,
+    losses,
+    presets,
+    samplers,
+    schedules,
+)
 from keras_mscm.models import (
     DenoisingModel,
     DiffusionModel,
@@ -22,6 +29,7 @@ __all__ = [
     "callbacks",
     "functional",
     "losses",
+    "presets",
     "samplers",
     "schedules",
 ]

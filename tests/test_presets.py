@@ -316,10 +316,10 @@ def test_a_model_there_and_back(tiny_uvit, tmp_path, asked):
     student = make_student(
         tiny_uvit(num_classes=3), eta=0.5, prediction_type="x", ema_decay=0.9
     )
-    preset_files.save_model(student, tmp_path / "student")
+    student.save_to_preset(tmp_path / "student")
     task = preset_files.read(tmp_path / "student", "task.json")
     assert "network" not in task["config"]
-    loaded = preset_files.load_model(asked, tmp_path / "student")
+    loaded = asked.from_preset(tmp_path / "student")
     assert type(loaded) is MultistepConsistencyModel
     configs = [model.get_config() for model in (student, loaded)]
     assert configs[0].pop("network") == configs[1].pop("network")
@@ -340,9 +340,8 @@ def test_a_model_there_and_back(tiny_uvit, tmp_path, asked):
 
 
 def test_a_model_with_other_arguments(tiny_uvit, tmp_path):
-    preset_files.save_model(make_student(tiny_uvit()), tmp_path / "student")
-    loaded = preset_files.load_model(
-        MultistepConsistencyModel,
+    make_student(tiny_uvit()).save_to_preset(tmp_path / "student")
+    loaded = MultistepConsistencyModel.from_preset(
         tmp_path / "student",
         eta=0.25,
         schedule=CosineSchedule(),
@@ -353,17 +352,17 @@ def test_a_model_with_other_arguments(tiny_uvit, tmp_path):
     assert loaded.network.dtype_policy.name == "mixed_bfloat16"
     assert loaded.dtype_policy.name == "mixed_bfloat16"
     network = tiny_uvit(num_classes=5)
-    loaded = preset_files.load_model(
-        MultistepConsistencyModel, tmp_path / "student", network=network
+    loaded = MultistepConsistencyModel.from_preset(
+        tmp_path / "student", network=network
     )
     assert loaded.network is network
     assert loaded.num_classes == 5
 
 
 def test_a_model_of_another_class(tiny_uvit, tmp_path):
-    preset_files.save_model(make_student(tiny_uvit()), tmp_path / "student")
+    make_student(tiny_uvit()).save_to_preset(tmp_path / "student")
     with pytest.raises(ValueError, match=r"`MultistepConsistencyModel.from_"):
-        preset_files.load_model(DiffusionModel, tmp_path / "student")
+        DiffusionModel.from_preset(tmp_path / "student")
 
 
 def test_a_subclass_of_what_is_there(tiny_uvit, tmp_path):
@@ -371,11 +370,11 @@ def test_a_subclass_of_what_is_there(tiny_uvit, tmp_path):
         pass
 
     teacher = DiffusionModel(tiny_uvit())
-    preset_files.save_model(teacher, tmp_path / "teacher")
-    assert type(preset_files.load_model(Mine, tmp_path / "teacher")) is Mine
-    preset_files.save_model(Mine(tiny_uvit()), tmp_path / "mine")
+    teacher.save_to_preset(tmp_path / "teacher")
+    assert type(Mine.from_preset(tmp_path / "teacher")) is Mine
+    Mine(tiny_uvit()).save_to_preset(tmp_path / "mine")
     with pytest.raises(ValueError, match=r"known to Keras.*Mine"):
-        preset_files.load_model(DiffusionModel, tmp_path / "mine")
+        DiffusionModel.from_preset(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -383,15 +382,15 @@ def test_a_subclass_of_what_is_there(tiny_uvit, tmp_path):
     [(DiffusionModel, {}), (MultistepConsistencyModel, {"student_steps": 4})],
 )
 def test_a_new_model_around_a_network(cls, kwargs):
-    model = preset_files.load_model(
-        cls, "colour64", load_weights=False, ema_decay=0.5, **kwargs
+    model = cls.from_preset(
+        "colour64", load_weights=False, ema_decay=0.5, **kwargs
     )
     assert type(model) is cls
     assert model.network.widths == (128, 256)
     assert model.schedule.noise_resolution_high == 64
     assert model.ema_decay == 0.5
     with pytest.raises(ValueError, match=r"must be False.*without weights"):
-        preset_files.load_model(cls, "colour64", **kwargs)
+        cls.from_preset("colour64", **kwargs)
 
 
 def test_a_model_around_a_foreign_network(tmp_path):
@@ -403,15 +402,15 @@ def test_a_model_around_a_foreign_network(tmp_path):
     h = keras.layers.Dense(16)(h)
     network = keras.Model(inputs, keras.layers.Reshape((4, 4, 1))(h))
     model = DiffusionModel(network, image_shape=(4, 4, 1))
-    preset_files.save_model(model, tmp_path / "foreign")
-    loaded = preset_files.load_model(DiffusionModel, tmp_path / "foreign")
+    model.save_to_preset(tmp_path / "foreign")
+    loaded = DiffusionModel.from_preset(tmp_path / "foreign")
     images = [m.generate(2, num_steps=2, seed=0) for m in (model, loaded)]
     np.testing.assert_array_equal(*images)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_models_draw_digits(name):
-    model = preset_files.load_model(DenoisingModel, name)
+    model = DenoisingModel.from_preset(name)
     steps = {} if "student_steps" in model.get_config() else {"num_steps": 16}
     images = model.generate(num_images=16, seed=0, **steps)
     assert images.shape == (16, 8, 8, 1)

@@ -1,15 +1,16 @@
 """What every training algorithm here shares."""
 
 import math
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, preset_files
 from keras_mscm.functional import process
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import checks
@@ -719,6 +720,67 @@ class DenoisingModel(keras.Model):
             self.image_shape,
             self.num_classes,
             self.context_width,
+        )
+
+    # Presets: what it takes to use a model, or to begin with it.
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: str | os.PathLike,
+        load_weights: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """A model from a preset, as with KerasHub.
+
+        Args:
+            preset: Name, one of `keras_mscm.presets.PRESETS`, or a directory
+                that `save_to_preset` made. A preset of a network alone gives a
+                new model of this class, with the preset's schedule.
+            load_weights: Whether to load its weights; else they are random.
+            **kwargs: Arguments of the model that are to differ, or that the
+                preset leaves open.
+
+        Returns:
+            The model, with the preset's weights in both its networks.
+
+        Raises:
+            ValueError: If there is no such preset, it is of another class, or
+                holds no weights.
+
+        Example:
+
+        >>> from keras_mscm import DiffusionModel
+        >>> model = DiffusionModel.from_preset("digits", load_weights=False)
+        >>> model.image_shape
+        (8, 8, 1)
+        """
+        return preset_files.load_model(cls, preset, load_weights, **kwargs)
+
+    def save_to_preset(
+        self,
+        preset: str | os.PathLike,
+        *,
+        weights_dtype: str = "float32",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves the model's averaged weights and its arguments in a directory.
+
+        Neither optimizer nor teacher: to go on with training, `save` the model.
+        The directory appears as a whole or not at all.
+
+        Args:
+            preset: Directory; a preset that is already there is replaced.
+            weights_dtype: `"float32"` for weights as they are, `"float16"` for
+                half the space. They are loaded into float32 either way.
+            metadata: What else is to be known, such as `{"description": ...}`.
+
+        Raises:
+            ValueError: If `weights_dtype` is neither, or the directory holds
+                something else.
+        """
+        preset_files.save_model(
+            self, preset, weights_dtype=weights_dtype, metadata=metadata
         )
 
     # Saving. Keras leaves random states out; with them, training resumes
