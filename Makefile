@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 BACKENDS ?= jax tensorflow torch
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL := 3
+export UV_COMPILE_BYTECODE := 1
 
 .PHONY: demo figure test lint format fresh clean
 

@@ -435,7 +435,7 @@ def test_ddim_with_a_prediction_that_stays_ends_there(num_steps):
 
 # What all samplers draw are samples of the data.
 
-MANY = np.random.default_rng(5).standard_normal((2048, D)).astype("float32")
+MANY = np.random.default_rng(5).standard_normal((1024, D)).astype("float32")
 
 
 def off_the_law(samples):
@@ -464,10 +464,10 @@ def test_samples_tend_to_the_data(sampler, grid):
     error, excess, distance = zip(
         *(
             off_the_law(sample(sampler, n, grid, noise=MANY))
-            for n in (4, 16, 256)
+            for n in (4, 16, 128)
         )
     )
-    # With 256 steps all that is left is chance, and 1 / N of DDPM.
+    # With 128 steps all that is left is chance, and 1 / N of DDPM.
     assert error[-1] < 4
     assert abs(excess[-1]) < 0.07
     assert distance[-1] < 1.95 / len(MANY) ** 0.5  # p = 0.001
@@ -549,10 +549,18 @@ def test_a_seed_is_a_sample(sampler):
     assert abs(np.corrcoef(first, second)[0, 1]) < tolerance
 
 
-@every_stochastic
-def test_what_may_be_a_seed(sampler):
+class Walk(samplers.Sampler):
+    """Ends at the sum of all the noise that it drew."""
+
+    stochastic = True
+
+    def step(self, x, z_t, logsnr_t, logsnr_s, denoise, seed):
+        return z_t + keras.random.normal(ops.shape(z_t), seed=seed)
+
+
+def test_what_may_be_a_seed():
     def draw(seed):
-        return sample_eagerly(sampler, 2, seed=seed)
+        return sample_eagerly(Walk(), 2, lambda z, logsnr: z, seed)
 
     state = keras.random.SeedGenerator(3).state
     for one, other in ((5, np.int64(5)), (state, state.value), (-1, -1)):
@@ -560,7 +568,7 @@ def test_what_may_be_a_seed(sampler):
     draws = [draw(seed) for seed in (5, 6, -1, state, None, None)]
     for i, one in enumerate(draws):
         for other in draws[:i]:
-            assert np.abs(one - other).max() > 1e-3
+            assert np.abs(one - other).max() > 0.1
     # Without one, random numbers are Keras': `set_random_seed` rules them.
     keras.utils.set_random_seed(0)
     first = draw(None)

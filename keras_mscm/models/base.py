@@ -605,12 +605,23 @@ class DenoisingModel(keras.Model):
                 "of 2"
             )
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        self._jit_compile_given = kwargs.get("jit_compile", "auto")
         # Built here, as Keras would do it by calling the model on raw images.
         self.optimizer.build(self.trainable_variables)
         weight = ops.ones((2,))
         self.compute_loss(None, images, images, weight)
         self.compute_metrics(None, images, images, weight)
         self.reset_metrics()
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `compile` was given, for a file that any backend can load."""
+        config = backend.portable(super().get_compile_config())
+        if config:
+            # Keras writes what "auto" came to. On PyTorch that is not to
+            # compile, without which JAX crawls; on JAX it is to compile, which
+            # takes PyTorch minutes.
+            config["jit_compile"] = self._jit_compile_given
+        return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was saved."""

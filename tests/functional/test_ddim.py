@@ -211,6 +211,53 @@ def test_analytic_x_var():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+def paper_heun(x, x_s, z_t, logsnr_t, logsnr_s):
+    """Karras et al. (2022), algorithm 1, for y = z / alpha."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = rates(logsnr_t), rates(logsnr_s)
+    tau_t, tau_s = sigma_t / alpha_t, sigma_s / alpha_s
+    y_t = z_t / alpha_t
+    slope_t = (y_t - x) / tau_t
+    y_s = y_t + (tau_s - tau_t) * slope_t
+    slope_s = (y_s - x_s) / tau_s
+    return alpha_s * (y_t + (tau_s - tau_t) * (slope_t + slope_s) / 2)
+
+
+def test_heun_x_takes_the_step_of_heun(run):
+    x, x_s, epsilon = images(3)
+    alpha_t, sigma_t = rates(LOGSNR_T)
+    z_t = (alpha_t * x + sigma_t * epsilon).astype("float32")
+
+    def heun(x, x_s, z_t, logsnr_t, logsnr_s):
+        x = F.heun_x(x, x_s, logsnr_t, logsnr_s)
+        return F.ddim(x, z_t, logsnr_t, logsnr_s)
+
+    arguments = x, x_s, z_t, LOGSNR_T, LOGSNR_S
+    got = run(heun, *arguments)
+    expected = paper_heun(*arguments)
+    # A long step in tau multiplies x_s - x_t, and its rounding, by half of
+    # tau_t / tau_s.
+    ratio = np.exp((LOGSNR_S - LOGSNR_T.astype("float64")) / 2)[:, None]
+    scale = np.abs(z_t) + np.abs(x) + ratio * np.abs(x_s - x)
+    assert np.all(np.abs(got - expected) <= 2e-6 * scale)
+
+
+def test_heun_x_is_the_inverse_ddim_of_its_step(run):
+    x, x_s, z_t = images(3)
+    arguments = x, x_s, LOGSNR_T, LOGSNR_S
+    got = run(F.heun_x, *arguments)
+    z_s = paper_heun(x, x_s, z_t, LOGSNR_T, LOGSNR_S)
+    expected = paper_inverse_ddim(z_s, z_t, LOGSNR_T, LOGSNR_S)
+    # No small denominator, and so the digits that eq. 5 loses are all there.
+    ratio = np.exp((LOGSNR_S - LOGSNR_T.astype("float64")) / 2)[:, None]
+    scale = np.abs(x) + ratio * (np.abs(x_s) + np.abs(x))
+    assert np.all(np.abs(got - expected) <= 1e-6 * scale)
+
+
+def test_heun_where_the_prediction_stays_is_ddim():
+    (x, logsnr_t, logsnr_s) = tensors(images(1)[0], LOGSNR_T, LOGSNR_S)
+    np.testing.assert_array_equal(F.heun_x(x, x, logsnr_t, logsnr_s), x)
+
+
 # Against the truth: data from a Gaussian mixture, whose E[x | z_t] and
 # Var[x | z_t] are known.
 
