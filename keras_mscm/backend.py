@@ -62,6 +62,22 @@ def run_with_state(
     return result, [list(trainable), list(non_trainable), *rest]
 
 
+def waits_for(data: Any) -> contextlib.AbstractContextManager:
+    """Lets what runs within wait for a batch of data.
+
+    In a graph, TensorFlow begins with whatever needs no data: at the end of a
+    stream of unknown length that is a step without a batch, which would still
+    be counted.
+
+    Args:
+        data: Tensors, as they come to a step.
+    """
+    if NAME == "tensorflow" and not tf.executing_eagerly():
+        tensors = [x for x in keras.tree.flatten(data) if x is not None]
+        return tf.control_dependencies(tensors)
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def values_kept(model: keras.Model) -> Iterator[None]:
     """Runs Keras' `fit`, `evaluate` or `predict` without losing weights.

@@ -72,7 +72,7 @@ def count(preset: str | os.PathLike) -> dict[str, int]:
     Example:
 
     >>> count("digits")["parameters"]
-    1358992
+    1071440
     """
     config = read(preset, CONFIG)
 

@@ -250,8 +250,10 @@ class DenoisingModel(keras.Model):
     def train_step(self, *args: Any) -> Any:
         """One update: the example, Keras' own step on it, then the EMA."""
         *state, data = args  # Keras on JAX: (state, data); else: (data,)
-        state = state and state[0]
+        with backend.waits_for(data):
+            return self._train_step(state and state[0], data)
 
+    def _train_step(self, state: Any, data: Any) -> Any:
         def prepare():
             return self._example(data, True), ops.copy(
                 self.optimizer.iterations

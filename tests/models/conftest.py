@@ -3,8 +3,20 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_mscm import DiffusionModel, MultistepConsistencyModel
+
+
+@keras.saving.register_keras_serializable(package="tests_models")
+class MaskedMean(keras.layers.Layer):
+    """The mean of the vectors of a sequence that count; 0 if none does."""
+
+    def call(self, inputs):
+        sequence, mask = inputs
+        mask = ops.cast(mask, sequence.dtype)[..., None]
+        count = ops.maximum(ops.sum(mask, axis=1), 1.0)
+        return ops.sum(sequence * mask, axis=1) / count
 
 
 @pytest.fixture
@@ -18,6 +30,7 @@ def dense_network():
         *,
         image_shape=(4, 4, 1),
         num_classes=None,
+        context_width=None,
         width=32,
         dropout=0.0,
         dropout_seed=5,
@@ -34,8 +47,13 @@ def dense_network():
         parts = [layers.Reshape((size,))(inputs["z"]), level]
         if num_classes:
             inputs["labels"] = keras.Input((), dtype="int32", name="labels")
-            embed = layers.Embedding(num_classes, 8)
+            embed = layers.Embedding(num_classes + 1, 8)
             parts.append(embed(inputs["labels"]))
+        if context_width:
+            context = keras.Input((None, context_width), name="context")
+            mask = keras.Input((None,), dtype="bool", name="context_mask")
+            inputs |= {"context": context, "context_mask": mask}
+            parts.append(MaskedMean()([context, mask]))
         h = layers.Concatenate()(parts)
         h = layers.Dense(width, activation="swish")(h)
         if batch_norm:
@@ -78,6 +96,7 @@ def make_teacher(dense_network):
             **{
                 "image_shape": (4, 4, 1),
                 "num_classes": network_kw.get("num_classes"),
+                "context_width": network_kw.get("context_width"),
                 "prediction_type": prediction_type,
                 "seed": 1,
                 **(model_with or {}),
