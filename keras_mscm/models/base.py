@@ -316,7 +316,10 @@ class DenoisingModel(keras.Model):
         i = ops.cast(self.iteration, "float32")
         decay = self.ema_decay
         if self.ema_half_life:
-            images = batch * (self.optimizer.gradient_accumulation_steps or 1)
+            optimizer = getattr(
+                self.optimizer, "inner_optimizer", self.optimizer
+            )  # within one that scales the loss
+            images = batch * (optimizer.gradient_accumulation_steps or 1)
             half_lives = ops.cast(images, "float32") / self.ema_half_life
             decay = ops.power(0.5, half_lives)
         decay = ops.minimum(decay, (1.0 + i) / (10.0 + i))
@@ -440,7 +443,7 @@ class DenoisingModel(keras.Model):
     ) -> np.ndarray:
         """`generate` with any sampler, in batches of one compiled shape."""
         checks.check_positive_integer("num_steps", num_steps)
-        if not callable(sampler):
+        if not callable(sampler) or isinstance(sampler, type):
             raise ValueError(
                 "`sampler` must be one of `keras_mscm.samplers` or a function "
                 "of (denoise, noise, schedule, num_steps, seed). Received: "

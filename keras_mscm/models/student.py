@@ -57,7 +57,8 @@ class StudentModel(TaughtModel):
                 f"Received: integrator={integrator}"
             )
         for name, value in {"integrator": integrator, "x_var": x_var}.items():
-            if value is not None and not callable(value):
+            function = callable(value) and not isinstance(value, type)
+            if value is not None and not function:
                 raise ValueError(
                     f"`{name}` must be a function (`integrator` also a "
                     f"sampler). Received: {name}={value!r}"
