@@ -133,10 +133,14 @@ def assert_is_a_training_step(step):
 
 def test_the_cost_of_a_training_step(tiny_uvit, tmp_path, capsys):
     tiny_uvit(num_classes=3).save_to_preset(tmp_path / "tiny")
-    training_cost.main(
-        [str(tmp_path / "tiny"), "--batch-size", "4", "--num-steps", "3"]
-    )
+    preset, options = tmp_path / "tiny", ["--batch-size=4", "--num-steps=3"]
+    before = preset_files.read(preset, "metadata.json")
+    training_cost.main([str(preset), *options, "--write"])
     step = json.loads(capsys.readouterr().out)
+    assert preset_files.read(preset, "metadata.json") == {
+        **before,
+        "training_step": step,
+    }
     assert_is_a_training_step(step)
     assert step["batch_size"] == 4
     assert step["backend"] == keras.backend.backend()

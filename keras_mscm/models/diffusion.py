@@ -49,7 +49,8 @@ class DiffusionModel(DenoisingModel):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Per level; the levels lie evenly in the angle of `_angle`.
+        # Of the posterior variance times 1 + SNR, which varies little where the
+        # variance goes to 0; at levels even in the angle of `_angle`.
         self.x_var_table = self.add_weight(
             shape=(X_VAR_LEVELS,),
             dtype="float32",
@@ -188,7 +189,7 @@ class DiffusionModel(DenoisingModel):
                 error = compiled(images, epsilon, conditioning, level)
                 total[i] += float(ops.convert_to_numpy(error))
             count += len(images)
-        self.x_var_table.assign(eta * total / count)
+        self.x_var_table.assign(eta * total / count * (1 + np.exp(levels)))
 
     @property
     def x_var(self) -> samplers.Variance:
@@ -212,7 +213,8 @@ class DiffusionModel(DenoisingModel):
         index = ops.cast(below, "int32")
         after = ops.minimum(index + 1, X_VAR_LEVELS - 1)
         low, high = (ops.take(self.x_var_table, i) for i in (index, after))
-        return low + (place - below) * (high - low)
+        scaled = low + (place - below) * (high - low)
+        return scaled / (1.0 + ops.exp(logsnr))
 
     def _sampling_variables(self) -> list[keras.Variable]:
         return [*self.ema_network.variables, self.x_var_table]

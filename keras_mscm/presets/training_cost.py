@@ -1,6 +1,7 @@
 """Times training: `python -m keras_mscm.presets.training_cost grey28`.
 
-What it prints is what stands under `"training_step"` in a preset's metadata.
+What it prints is what stands under `"training_step"` in a preset's metadata;
+`--write` puts it there.
 """
 
 import argparse
@@ -55,6 +56,7 @@ def training_step(
     model.fit(
         images, labels, batch_size=batch_size, verbose=0, callbacks=[stopwatch]
     )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     seconds = np.median(np.diff(stopwatch.times[2:]))
     backend = keras.backend.backend()
     package = metadata.packages_distributions()[backend][0]
@@ -63,6 +65,8 @@ def training_step(
         "batch_size": batch_size,
         "backend": backend,
         "hardware": _hardware(),
+        # Beyond the number of cores, others had a share of them.
+        "load_average": load and round(load, 1),
         "date": datetime.date.today().isoformat(),
         "versions": {
             "keras": keras.__version__,
@@ -98,11 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("preset", help="name or directory")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--num-steps", type=int, default=20)
-    print(
-        json.dumps(
-            training_step(**vars(parser.parse_args(arguments))), indent=2
-        )
+    parser.add_argument(
+        "--write", action="store_true", help="into the preset's metadata"
     )
+    args = vars(parser.parse_args(arguments))
+    write = args.pop("write")
+    step = training_step(**args)
+    print(json.dumps(step, indent=2))
+    if write:
+        file = preset_files.METADATA
+        facts = preset_files.read(args["preset"], file)
+        text = json.dumps({**facts, "training_step": step}, indent=2) + "\n"
+        (preset_files.find(args["preset"]) / file).write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
