@@ -251,13 +251,13 @@ def _as_batches(
         batches = (x[i] for i in range(len(x)))
     for batch in batches:
         batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
-        images, y = (*batch, None)[:2]
+        images, given = (*batch, None)[:2]
         yield (
             ops.convert_to_numpy(images).astype("float32"),
             {
                 name: ops.convert_to_numpy(value).astype(
                     CONDITIONING_DTYPES[name]
                 )
-                for name, value in checks.as_conditioning(y).items()
+                for name, value in checks.as_conditioning(given).items()
             },
         )
