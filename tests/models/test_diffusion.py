@@ -130,7 +130,8 @@ def label_model():
     labels = keras.Input((), dtype="int32", name="labels")
     logsnr = keras.Input((), name="logsnr")
     grey = keras.layers.Embedding(4, 1)(labels)
-    output = 0 * z + keras.layers.Reshape((1, 1, 1))(grey)
+    output = keras.layers.RepeatVector(16)(grey)
+    output = keras.layers.Reshape((4, 4, 1))(output)
     model = DiffusionModel(
         keras.Model({"z": z, "logsnr": logsnr, "labels": labels}, output),
         image_shape=(4, 4, 1),
@@ -291,11 +292,15 @@ def test_a_compiled_sampler_reads_the_table(gaussian_model, count_calls):
     noise = np.random.default_rng(1).standard_normal((3, 4, 4, 1)) / 2
     calls = count_calls(model, "denoise")
     ends = []
+
+    def of(value):
+        return lambda sigma: value * sigma**2
+
     for value in (0.3, 0.02, 0.3):
         model.x_var_table.assign(np.full(64, value))  # of x_var (1 + SNR)
         sampler = samplers.ADDIM(x_var=model.x_var)
         ends.append(model.generate(noise=noise, num_steps=3, sampler=sampler))
-        expected = numpy_addim(noise, 3, lambda sigma: value * sigma**2)
+        expected = numpy_addim(noise, 3, of(value))
         np.testing.assert_allclose(ends[-1], expected, atol=1e-4)
     assert np.abs(ends[0] - ends[1]).max() > 0.01
     np.testing.assert_array_equal(ends[0], ends[2])
