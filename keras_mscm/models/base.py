@@ -312,7 +312,8 @@ class DenoisingModel(keras.Model):
 
     def _after_update(self, before: Tensor, batch: Tensor) -> None:
         # 0 for all but the last of the batches of a gradient accumulation.
-        updates = self.optimizer.iterations - before
+        optimizer: Any = self.optimizer
+        updates = optimizer.iterations - before
         i = ops.cast(self.iteration, "float32")
         decay = self.ema_decay
         if self.ema_half_life:
