@@ -128,6 +128,18 @@ def test_an_endless_generator(make_teacher, toy_images):
     assert int(model.iteration) == 4
 
 
+def test_the_end_of_a_stream_is_no_step(make_teacher, toy_images):
+    # TensorFlow would begin one more, as long as that needs no data, and count.
+    model, images = make_teacher(), toy_images(8)
+    state = ops.convert_to_numpy(model.seed_generator.state)
+    for updates in (2, 4):
+        fit(model, batched(images, None))
+        assert int(model.iteration) == updates
+        assert int(model.optimizer.iterations) == updates
+    drawn = ops.convert_to_numpy(model.seed_generator.state) - state
+    np.testing.assert_array_equal(drawn, [0, 2 * 4])  # times and noise
+
+
 # Training.
 
 

@@ -8,6 +8,7 @@ from keras import ops
 from keras_mscm import (
     DiffusionModel,
     MultistepConsistencyModel,
+    callbacks,
     losses,
     samplers,
 )
@@ -65,8 +66,9 @@ def test_times_are_whole_steps_of_one_grid(steps, make_student, toy_images):
     assert np.min(counts) > 12
 
 
-def numpy_target(student, teacher, inputs, images, total):
+def numpy_target(student, teacher, inputs, images, total, reference=None):
     """Algorithm 1 in float64, through z as the paper has it (eq. 4, 5, 14)."""
+    reference = reference or student.network
     t = np.round(times_of(inputs["logsnr"]) * total) / total
     s = t - 1 / total
     k = student.student_steps
@@ -87,7 +89,7 @@ def numpy_target(student, teacher, inputs, images, total):
     z_var = (alpha_s - alpha_t * sigma_s / sigma_t) ** 2 * x_var
     power = np.mean(epsilon**2, (1, 2, 3), keepdims=True)
     z_s = alpha_s * x + np.sqrt(sigma_s**2 + z_var / power) * epsilon
-    x_ref = call(student.network, z_s, s)
+    x_ref = call(reference, z_s, s)
     z_ref = alpha_step * x_ref + sigma_step / sigma_s * (z_s - alpha_s * x_ref)
     kept = sigma_step / sigma_t
     return (z_ref - kept * z_t) / (alpha_step - alpha_t * kept)
@@ -118,6 +120,202 @@ def test_target_is_the_numpy_target(
     np.testing.assert_allclose(
         to_numpy(weight), to_numpy(student.weighting(inputs["logsnr"]))
     )
+
+
+@pytest.mark.parametrize("method", ["training", "distillation"])
+@pytest.mark.parametrize("reference", ["online", "ema"])
+def test_the_reference_is_the_network_or_its_average(
+    reference, method, make_teacher, make_student, toy_images
+):
+    teacher, student = make_pair(
+        make_teacher, make_student, method=method, reference=reference
+    )
+    for weight in student.network.weights:
+        weight.assign(1.5 * weight)
+    images = toy_images(64)
+    inputs, target, _ = student.training_example(
+        ops.convert_to_tensor(images), {}, True
+    )
+    teacher = teacher if method == "distillation" else None
+    networks = {"online": student.network, "ema": student.ema_network}
+    expected = {
+        name: numpy_target(student, teacher, inputs, images, 8, network)
+        for name, network in networks.items()
+    }
+    np.testing.assert_allclose(
+        to_numpy(target), expected.pop(reference), atol=2e-4
+    )
+    ((_, other),) = expected.items()
+    assert np.abs(to_numpy(target) - other).max() > 1e-2
+
+
+def test_the_average_has_no_dropout(make_student, toy_images):
+    # Nor has what it says for one seed anything of another.
+    targets = []
+    for seed in (5, 6):
+        keras.utils.set_random_seed(0)
+        student = make_student(
+            dropout=0.5,
+            dropout_seed=seed,
+            student_with={"reference": "ema", "method": "training"},
+        )
+        images = ops.convert_to_tensor(toy_images(16))
+        targets.append(to_numpy(student.training_example(images, {}, True)[1]))
+    np.testing.assert_array_equal(*targets)
+
+
+def test_one_step_is_the_original_consistency_model(
+    make_teacher, make_student, toy_images
+):
+    # Eq. 2: what it says at t is to be what it says at s. (The target is that
+    # all the more, the less noise there is at t = 0: up to w, see
+    # `functional.consistency_target`.)
+    teacher, student = make_pair(
+        make_teacher,
+        make_student,
+        student_steps=1,
+        teacher_steps=16,
+        integrator=samplers.DDIM(),
+    )
+    images = toy_images(256)
+    inputs, target, _ = student.training_example(
+        ops.convert_to_tensor(images), {}, True
+    )
+    t = times_of(inputs["logsnr"])
+    steps = np.round(16 * t)
+    assert set(steps) == set(range(1, 17))
+    s = (steps - 1) / 16
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        rates(logsnr_at(at)) for at in (t, s)
+    )
+    x = to_numpy(
+        student.denoise(teacher.ema_network, inputs["z"], inputs["logsnr"])
+    )
+    z_s = alpha_s * x + sigma_s / sigma_t * (
+        to_numpy(inputs["z"]) - alpha_t * x
+    )
+    at_s = to_numpy(
+        student.denoise(
+            student.network,
+            ops.convert_to_tensor(z_s, "float32"),
+            ops.convert_to_tensor(logsnr_at(s), "float32"),
+        )
+    )
+    target = to_numpy(target)
+    late = steps > 1
+    np.testing.assert_allclose(target[late], at_s[late], atol=0.02)
+    # At s = 0 the last word is the teacher's.
+    np.testing.assert_allclose(target[~late], x[~late], atol=1e-5)
+    assert np.abs(x - at_s)[late].max() > 0.1
+
+
+# The number of teacher steps.
+
+
+@keras.saving.register_keras_serializable(package="test_multistep")
+def doubling(iteration):
+    """4, 4, 8, 8, 16, 16, ..."""
+    return 4.0 * 2.0 ** ops.cast(iteration // 2, "float32")
+
+
+TEACHER_STEPS = {
+    "function": (doubling, lambda i: 4 * 2 ** (i // 2)),
+    "polynomial": (
+        keras.optimizers.schedules.PolynomialDecay(4.0, 5, 24.0),
+        lambda i: 4 + 20 * min(i / 5, 1),
+    ),
+    "piecewise": (
+        keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [4, 9, 32]),
+        lambda i: 4 if i <= 1 else 9 if i <= 3 else 32,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TEACHER_STEPS)
+def test_teacher_steps_as_a_function(
+    kind, make_teacher, make_student, toy_images, count_calls, tmp_path
+):
+    function, expected = TEACHER_STEPS[kind]
+    teacher = make_teacher()
+    student = make_student(
+        teacher=teacher, student_with={"teacher_steps": function}
+    )
+    calls, seen = count_calls(student), []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            seen.append(float(self.model.steps_per_segment()))
+
+    images = toy_images(24)
+    arguments = dict(batch_size=4, shuffle=False, verbose=0)
+    student.fit(images, callbacks=[Watch()], **arguments)
+    want = [round(expected(i) / 2) for i in range(6)]
+    np.testing.assert_array_equal(seen, want)
+    assert len(calls) == (6 if keras.backend.backend() == "torch" else 1)
+
+    # The times are those of so many steps, also in a file.
+    student.save(tmp_path / "student.keras")
+    loaded = keras.saving.load_model(tmp_path / "student.keras")
+    loaded.attach_teacher(teacher)
+    total = 2 * round(expected(6) / 2)
+    inputs, _, _ = loaded.training_example(
+        ops.convert_to_tensor(toy_images(256)), {}, True
+    )
+    steps = times_of(inputs["logsnr"]) * total
+    np.testing.assert_allclose(steps, np.round(steps), atol=0.01)
+    assert set(np.round(steps)) == set(range(1, total + 1))
+
+
+def test_the_compiled_step_takes_as_many_teacher_steps(toy_images):
+    # A network that says the time at which it is asked, and a loss that hands
+    # it on: of n teacher steps the mean time is (n + 1) / 2n.
+    z = keras.Input((4, 4, 1), name="z")
+    logsnr = keras.Input((), name="logsnr")
+    said = keras.layers.Reshape((1, 1, 1))(logsnr)
+    said = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")(
+        said
+    )
+    said = keras.layers.UpSampling2D(4)(said)
+
+    class Said(keras.losses.Loss):
+        def call(self, target, predicted):
+            angle = ops.arctan(ops.exp(-predicted / 2)) / (np.pi / 2)
+            return ops.mean(angle, axis=(1, 2, 3))
+
+    student = MultistepConsistencyModel(
+        keras.Model({"z": z, "logsnr": logsnr}, said),
+        image_shape=(4, 4, 1),
+        prediction_type="x",
+        student_steps=1,
+        teacher_steps=one_then_many,
+        method="training",
+        weighting=ops.ones_like,
+        seed=0,
+    )
+    student.compile(keras.optimizers.SGD(0.0), Said())
+    history = student.fit(
+        toy_images(4000), batch_size=2000, epochs=2, verbose=0
+    ).history["loss"]
+    np.testing.assert_allclose(history[0], 1.0, atol=1e-3)
+    np.testing.assert_allclose(history[1], 0.5, atol=4 * (1 / 12 / 4000) ** 0.5)
+
+
+@keras.saving.register_keras_serializable(package="test_multistep")
+def one_then_many(iteration):
+    return ops.where(iteration < 2, 1.0, 1000.0)
+
+
+@pytest.mark.parametrize("function", [doubling, lambda iteration: 1.5])
+def test_teacher_steps_that_cannot_be(function, make_student, toy_images):
+    if function is doubling:
+        student = make_student(student_with={"teacher_steps": function})
+        anneal = callbacks.TeacherStepAnneal(4, 8, 10)
+        with pytest.raises(ValueError, match=r"`teacher_steps`.*doubling"):
+            student.fit(toy_images(4), callbacks=[anneal], verbose=0)
+        assert int(student.iteration) == 0
+    else:
+        with pytest.raises(ValueError, match=r"student_steps=2.*1\.5"):
+            make_student(student_with={"teacher_steps": function})
 
 
 @keras.saving.register_keras_serializable(package="test_multistep")

@@ -72,9 +72,8 @@ def example_of(student, images):
 class Reference:
     """Algorithm 1 in float64, through z, for any teacher's step."""
 
-    def __init__(self, teacher, student, scale=1.0, reference=None):
+    def __init__(self, teacher, student, scale=1.0):
         self.teacher, self.student, self.scale = teacher, student, scale
-        self.network = reference or student.network
 
     def call(self, network, z, t, labels):
         x = self.student.denoise(
@@ -102,7 +101,7 @@ class Reference:
         (alpha_s, sigma_s), (alpha_step, sigma_step), (alpha_t, sigma_t) = (
             rates(logsnr_at(at)) for at in (s, t_step, t)
         )
-        x_ref = self.call(self.network, z_s, s, labels)
+        x_ref = self.call(self.student.network, z_s, s, labels)
         z_ref = alpha_step * x_ref
         z_ref += sigma_step / sigma_s * (z_s - alpha_s * x_ref)
         kept = sigma_step / sigma_t
