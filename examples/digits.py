@@ -203,8 +203,13 @@ def plot_distances(results, path):
         markersize=18,
         label=f"student, {STUDENT_STEPS} steps",
     )
-    floor = results["real_floor"]["frechet_distance"]
-    axes.axhline(floor, color="grey", linestyle=":", label="real images")
+    floor = results["real_floor"]
+    axes.axhline(
+        floor["frechet_distance"],
+        color="grey",
+        linestyle=":",
+        label=f"{floor['num_samples']} real images, held out",
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(TEACHER_STEPS, TEACHER_STEPS)
