@@ -298,7 +298,12 @@ def table(rows):
         cells = [cell(curve.get((s, n), []), 4) for s in ("ddim", "addim")]
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
     settings = [f"`{k}` {v}" for k, v in rows[-1]["settings"].items()]
-    lines += ["", "Settings: " + ", ".join(settings) + "."]
+    lines += [
+        "",
+        f"Settings: {', '.join(settings)}; half the student's learning rate at "
+        "K = 1; moving averages of decay 0.998, in progressive distillation, "
+        "whose stages are short, 0.99.",
+    ]
     return "\n".join(lines) + "\n"
 
 
