@@ -141,6 +141,33 @@ def random_state(*seeds: int) -> np.ndarray:
     return np.asarray([seed, 0], "uint32" if NAME == "jax" else "int32")
 
 
+def move_towards(
+    pairs: Sequence[tuple[keras.Variable, keras.Variable]], rate: Any
+) -> None:
+    """Moves each average by a share of its distance to a weight, in place.
+
+    Where that distance is not finite the average stays.
+
+    Args:
+        pairs: Averages, each with its weight.
+        rate: The share, a scalar tensor.
+    """
+    if NAME == "torch":  # a kernel for all, not several for each
+        averages = [average.value for average, _ in pairs]
+        weights = [weight.value for _, weight in pairs]
+        with torch.no_grad():
+            steps = torch._foreach_sub(weights, averages)
+            for step in steps:
+                step.nan_to_num_(0.0, 0.0, 0.0)
+            torch._foreach_mul_(steps, rate)
+            torch._foreach_add_(averages, steps)
+        return
+    for average, weight in pairs:
+        step = weight.value - average.value
+        step = ops.where(ops.isfinite(step), step, 0)
+        average.assign_add(ops.cast(rate, step.dtype) * step)
+
+
 def compile_inference(
     function: Callable[..., Any], variables: Sequence[keras.Variable]
 ) -> Callable[..., Any]:
@@ -172,6 +199,24 @@ def compile_inference(
             return function(*_as_tensors(args))
 
     return eager
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes one kernel of a function of tensors that runs within a step.
+
+    TensorFlow runs a step on the CPU operation by operation, each of which
+    reads and writes memory; this compiles what is within. JAX does so anyway,
+    and PyTorch's compiler can't be counted on to be there.
+
+    Args:
+        function: Function of tensors and numbers; it reads no variable.
+
+    Returns:
+        A function of the same arguments.
+    """
+    if NAME == "tensorflow":
+        return tf.function(function, jit_compile=True, autograph=False)
+    return function
 
 
 def _as_tensors(args: Any) -> Any:

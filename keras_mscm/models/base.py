@@ -325,16 +325,13 @@ class DenoisingModel(keras.Model):
             decay = ops.power(0.5, half_lives)
         decay = ops.minimum(decay, (1.0 + i) / (10.0 + i))
         rate = (1.0 - decay) * ops.cast(updates, "float32")
-        for average, weight in zip(
-            self.ema_network.weights, self.network.weights, strict=True
-        ):
-            value = weight.value
-            if weight.trainable:  # else counters, statistics
-                step = ops.cast(rate, value.dtype) * (value - average.value)
-                value = average.value + step
-            # A diverged weight must not reach the average (see `FiniteLoss`).
-            finite = ops.isfinite(value)
-            average.assign(ops.where(finite, value, average.value))
+        pairs = [*zip(self.ema_network.weights, self.network.weights)]
+        for average, weight in pairs:
+            if not weight.trainable:  # counters, statistics
+                finite = ops.isfinite(weight.value)
+                average.assign(ops.where(finite, weight.value, average.value))
+        trained = [pair for pair in pairs if pair[1].trainable]
+        backend.move_towards(trained, rate)
         self.iteration.assign_add(ops.cast(updates, "int32"))
 
     # Prediction and sampling.
@@ -479,17 +476,17 @@ class DenoisingModel(keras.Model):
         scale, steps = np.float32(guidance_scale or 0), np.int32(num_steps)
         batches = []
         for begin in range(0, num_images, batch_size):
-            # Wrap around, so that the last batch has the compiled shape too.
-            places = np.arange(begin, begin + batch_size) % num_images
-            images = run(
-                ops.take(noise, places, axis=0),
-                {name: part[places] for name, part in conditioning.items()},
-                steps,
-                backend.random_state(seed, begin),
-                scale,
-            )
+            part = noise, conditioning
+            if batch_size != num_images:
+                # Wrap around, so that the last batch has the compiled shape.
+                places = np.arange(begin, begin + batch_size) % num_images
+                part = (
+                    ops.take(noise, places, axis=0),
+                    {name: value[places] for name, value in part[1].items()},
+                )
+            images = run(*part, steps, backend.random_state(seed, begin), scale)
             batches.append(ops.convert_to_numpy(images))
-        return np.clip(np.concatenate(batches)[:num_images], -1.0, 1.0)
+        return np.concatenate(batches)[:num_images]
 
     def _compile_sampler(
         self, sampler: Sampler, schedule: NoiseSchedule, unguided: bool
@@ -503,7 +500,8 @@ class DenoisingModel(keras.Model):
                 inputs = network, z, logsnr, conditioning, scale
                 return self.denoise_guided(*inputs)[0]
 
-            return sampler(denoise, noise, schedule, num_steps, seed)
+            images = sampler(denoise, noise, schedule, num_steps, seed)
+            return ops.clip(images, -1.0, 1.0)
 
         return backend.compile_inference(run, self._sampling_variables())
 

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.context import CrossAttention
+from keras_mscm.networks.dropout import Dropout
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -112,7 +113,7 @@ class ResNetBlock(keras.layers.Layer):
         self.modulation = keras.layers.Dense(
             2 * width, dtype=policy, name="modulation"
         )
-        self.dropout = keras.layers.Dropout(
+        self.dropout = Dropout(
             self.dropout_rate, seed=self.seed, dtype=policy, name="dropout"
         )
         for layer in (self.norm_1, self.conv_1, self.norm_2, self.dropout):
@@ -209,7 +210,7 @@ class TransformerBlock(keras.layers.Layer):
         self.mlp_hidden = dense(hidden, "mlp_hidden")
         self.modulation = dense(2 * hidden, "modulation")
         self.mlp_output = dense(width, "mlp_output", kernel_initializer="zeros")
-        self.dropout = keras.layers.Dropout(
+        self.dropout = Dropout(
             self.dropout_rate, seed=self.seed, dtype=policy, name="dropout"
         )
 

@@ -1,0 +1,99 @@
+"""Counts what a compiled training step computes: nothing is done twice.
+
+By XLA's own count of the step's floating-point operations, on JAX, against the
+sum of its parts compiled alone: a forward pass for the reference (and for the
+teacher; of twice the batch with guidance), and a forward pass with its gradient.
+"""
+
+import jax
+import keras
+from keras import ops
+
+from benchmarks.speed.models import arrays, student
+from benchmarks.speed.rows import emit, main
+
+BATCH = 32
+
+
+def flops(function, *args):
+    """XLA's count for a function of arrays."""
+    analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+    return analysis["flops"]
+
+
+def parts(model, x, y, guided):
+    """Counts of a forward pass, the teacher's, and one with its gradient."""
+    network = model.network
+    logsnr = ops.zeros((len(x),))
+    weights = [v.value for v in network.trainable_variables]
+    fixed = [v.value for v in network.non_trainable_variables]
+
+    def forward(weights, fixed, x, logsnr, y, training):
+        scope = keras.StatelessScope(
+            state_mapping=[
+                *zip(network.trainable_variables, weights),
+                *zip(network.non_trainable_variables, fixed),
+            ]
+        )
+        with scope:
+            inputs = {"z": x, "logsnr": logsnr, "labels": y}
+            if y is None:
+                del inputs["labels"]
+            return network(inputs, training=training)
+
+    def loss(*args):
+        return ops.sum(ops.square(forward(*args, True)))
+
+    args = (weights, fixed, x, logsnr, y)
+    twice = [ops.concatenate([a, a]) if a is not None else a for a in args[2:]]
+    return {
+        "reference": flops(lambda *a: forward(*a, True), *args),
+        "teacher": flops(
+            lambda *a: forward(*a, False),
+            weights,
+            fixed,
+            *(twice if guided else args[2:]),
+        ),
+        "gradient": flops(jax.grad(loss), *args),
+    }
+
+
+def count(preset, method, guidance_scale):
+    model = student(preset, method, guidance_scale=guidance_scale)
+    model.compile(optimizer=keras.optimizers.SGD(1e-4))
+    x, y = arrays(model, BATCH)
+    model.optimizer.build(model.trainable_variables)
+    state = tuple(
+        [v.value for v in variables]
+        for variables in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+    )
+    whole = flops(model.train_step, state, (x, y))
+    part = parts(model, x, y, guidance_scale != 1)
+    needed = part["reference"] + part["gradient"]
+    if method == "distillation":
+        needed += part["teacher"]
+    guided = f", guidance {guidance_scale}" if guidance_scale != 1 else ""
+    emit(
+        part="FLOPs of the step over its parts",
+        what=f"{preset}, {method}{guided}",
+        bound=1.02,
+        ratio=whole / needed,
+        gflops=whole / 1e9,
+        closed_form_gflops=model.network.flops() * BATCH / 1e9,
+    )
+
+
+def measure(quick):
+    for preset in ("grey28",) if quick else ("grey28", "colour64"):
+        count(preset, "training", 1.0)
+        count(preset, "distillation", 1.0)
+    count("grey28", "distillation", 2.0)
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,68 @@
+"""Dropout whose mask is a hash: cheap, and the same on every backend."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_mscm import backend
+from keras_mscm.functional.process import Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class Dropout(keras.layers.Dropout):
+    """`keras.layers.Dropout` with random numbers that cost next to nothing.
+
+    The bits of an element are a hash of the layer's seed, the number of calls
+    so far, the example and the place in it. That is a handful of integer
+    operations, which compilers fuse into one pass, where JAX's generator of
+    random numbers takes 30 times as long on a CPU. An example's mask depends
+    neither on the backend, nor on the other examples, nor on how many devices
+    share them.
+
+    Arguments, call arguments and returns as of `keras.layers.Dropout`.
+
+    Example:
+
+    >>> layer = Dropout(0.5, seed=1)
+    >>> x = ops.ones((2, 1000))
+    >>> 0.45 < float(ops.mean(layer(x, training=True) == 0)) < 0.55
+    True
+
+    Reference:
+        The hash is the 32-bit finaliser of least bias of C. Wellons, *Hash
+        Prospector*, 2018 to 2022.
+    """
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        if not training or not self.rate:
+            return inputs
+        state = self.seed_generator.next()
+        keep = _keep(inputs, ops.cast(state, "int32"), self.rate)
+        return ops.where(keep, inputs / (1 - self.rate), 0)
+
+
+@backend.fused
+def _keep(x: Tensor, state: Tensor, rate: float) -> Tensor:
+    """True with probability `1 - rate`, of the shape of `x`."""
+    seed, count = ops.unstack(state)
+    example = ops.arange(ops.shape(x)[0], dtype="int32")
+    place = ops.arange(math.prod(x.shape[1:]), dtype="int32")
+    key = _hash(example + _hash(seed + _hash(count)))
+    bits = _hash(ops.bitwise_xor(place, key[:, None]))
+    threshold = round(rate * 2**32) - 2**31
+    return ops.reshape(bits >= threshold, ops.shape(x))
+
+
+def _hash(bits: Tensor) -> Tensor:
+    """Mixes 32 bits. Signed, as not every backend computes with unsigned."""
+    bits = _folded(bits, 16) * 0x21F0AAAD
+    bits = _folded(bits, 15) * 0x735A2D97
+    return _folded(bits, 15)
+
+
+def _folded(bits: Tensor, places: int) -> Tensor:
+    """`bits ^ (bits >> places)`, with zeros coming in from the left."""
+    shifted = ops.bitwise_right_shift(bits, places)
+    shifted = ops.bitwise_and(shifted, 2 ** (32 - places) - 1)
+    return ops.bitwise_xor(bits, shifted)
