@@ -3,10 +3,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BACKENDS ?= jax tensorflow torch
 BIN := .venv/bin
+# What JAX has compiled once it reads from here the next time.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 export TF_CPP_MIN_LOG_LEVEL := 3
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo figure test lint format fresh clean
+.PHONY: demo figure test lint bench-speed bench-speed-all format fresh clean
 
 demo: .venv/.demo  ## install, then distil the digits into demo/
 	KERAS_BACKEND=jax $(BIN)/python examples/digits.py
@@ -24,6 +26,12 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-speed: .venv/.dev  ## the guard: ratios of speed, against their bounds
+	env -u JAX_COMPILATION_CACHE_DIR $(BIN)/python -m benchmarks.speed --check
+
+bench-speed-all: .venv/.bench  ## every number of benchmarks/speed/table.md
+	env -u JAX_COMPILATION_CACHE_DIR $(BIN)/python -m benchmarks.speed
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -46,4 +54,13 @@ clean:
 .venv/.dev: .venv/.demo
 	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
 	$(BIN)/python -m pip install -q '$(TORCH)'
+	touch $@
+
+# What speed is compared with. Without what they ask for and don't need here:
+# torchvision and a second TensorFlow.
+.venv/.bench: .venv/.dev
+	$(BIN)/python -m pip install -q --no-deps diffusers \
+		denoising-diffusion-pytorch keras-hub
+	$(BIN)/uv pip install -q --python $(BIN)/python einops huggingface-hub \
+		importlib-metadata pillow regex requests safetensors tokenizers tqdm
 	touch $@
