@@ -47,7 +47,8 @@ def emoji(
     font (licence OFL) and Unicode's list of emoji, their groups and names.
     There are 1,377 pictures of single code points, or 3,655 with sequences
     (skin tones, families, flags), in nine groups; what the font lacks is left
-    out. They take about a second, or three.
+    out (but of flags: it has a picture of an unknown one). They take about a
+    second, or three.
 
     Args:
         image_size: Pixels of a side; the font's bitmaps have 136.

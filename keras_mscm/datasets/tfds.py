@@ -76,6 +76,12 @@ def from_tfds(
     check_positive_integer("batch_size", batch_size)
     check_positive_integer("shuffle_buffer", shuffle_buffer)
     check_seed(seed)
+    if not {"as_supervised", "with_info"}.isdisjoint(kwargs):
+        raise ValueError(
+            "`as_supervised` and `with_info` must not be given: `image_key` "
+            "and `label_key` name what is read. Received: "
+            f"{', '.join(sorted(kwargs))}"
+        )
     if image_size is not None:
         check_positive_integer("image_size", image_size)
         pillow()  # if it is missing, say so now
