@@ -55,7 +55,7 @@ def from_folder(
     Raises:
         ValueError: If the folder has no images, or no subfolders of images
             where labels are asked for, or an argument is out of its range;
-            while training, if a file can't be read.
+            while training, if a file can't be read or has 16 bits per channel.
         ImportError: If Pillow isn't installed.
 
     Example:
@@ -97,7 +97,8 @@ def from_folder(
     return ImageBatches(
         read,
         len(paths),
-        [class_names.index(c) for c in class_of] if class_names else None,
+        # Numbers in the order of `class_names`.
+        np.unique(class_of, return_inverse=True)[1] if labels else None,
         batch_size=batch_size,
         class_names=class_names,
         **kwargs,
@@ -110,11 +111,17 @@ def _load(path: Path, image_size: int, channels: int) -> np.ndarray:
 
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except OSError as error:
+            picture = ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError) as error:  # what Pillow raises
         raise ValueError(
             f"`directory` has an image that can't be read. Received: {path}"
         ) from error
+    if picture.mode.startswith(("I", "F")):  # Pillow would clip it to 0..255
+        raise ValueError(
+            "`directory` must have images of 8 bits per channel. Received: "
+            f"{path} of Pillow's mode {picture.mode}"
+        )
+    picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture)
     pixels = np.asarray(picture.convert("RGB" if channels == 3 else "L"))

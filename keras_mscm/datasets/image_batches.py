@@ -116,6 +116,7 @@ class ImageBatches(keras.utils.PyDataset):
         )
         images = as_floats(self.read(chosen))
         if self.flip:
+            # From 1: with a 0 at its end it would be the seed of the order.
             rng = np.random.default_rng([self.seed, self.epoch, 1 + index])
             mirrored = rng.random((len(chosen), 1, 1, 1)) < 0.5
             images = np.where(mirrored, images[:, :, ::-1], images)

@@ -49,6 +49,14 @@ def test_files_are_read_when_they_are_due(folder):
         dataset[3]
 
 
+def test_16_bits_are_not_clipped(tmp_path):
+    pixels = np.full((4, 4), 1000, "uint16")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    dataset = from_folder(tmp_path, image_size=4, batch_size=1, labels=False)
+    with pytest.raises(ValueError, match="of 8 bits per channel"):
+        dataset[0]
+
+
 def test_transparent_is_white(tmp_path):
     pixels = np.zeros((4, 4, 4), "uint8")
     pixels[:, 2:, 3] = 255
