@@ -2,6 +2,7 @@
 
 from keras_mscm import (
     callbacks,
+    datasets,
     functional,
     losses,
     presets,
@@ -27,6 +28,7 @@ __all__ = [
     "ProgressiveDistillationModel",
     "UViT",
     "callbacks",
+    "datasets",
     "functional",
     "losses",
     "presets",
