@@ -18,12 +18,17 @@ class FeatureMetric(keras.metrics.Metric):
         reference: The real images.
         name: What it is called in logs.
 
+    Attributes:
+        num_samples: How many samples there have been.
+        min_samples: How many it takes.
+
     Raises:
         ValueError: If `reference` is not a `Reference`.
     """
 
     def __init__(self, reference: Reference, name: str):
         super().__init__(name=name)
+        self.min_samples = 2
         if not isinstance(reference, Reference):
             raise ValueError(
                 "`reference` must be a `keras_mscm.metrics.Reference`. "
@@ -89,20 +94,16 @@ class FeatureMetric(keras.metrics.Metric):
         Raises:
             ValueError: If there are too few samples.
         """
-        self.require_samples(2, "")
+        if self.num_samples < self.min_samples:
+            raise ValueError(
+                f"`{self.name}` must have had at least {self.min_samples} "
+                f"samples. Received: {self.num_samples}"
+            )
         return {
             **self.compute(),
             "num_samples": self.num_samples,
             **self.reference.description,
         }
-
-    def require_samples(self, least: int, why: str) -> None:
-        """Raises unless there are `least` samples."""
-        if self.num_samples < least:
-            raise ValueError(
-                f"`{self.name}` must have had at least {least} samples{why}. "
-                f"Received: {self.num_samples}"
-            )
 
 
 class StoredFeatureMetric(FeatureMetric):

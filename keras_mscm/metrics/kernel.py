@@ -61,23 +61,21 @@ class KernelDistance(StoredFeatureMetric):
                 f"subset_size={subset_size}"
             )
         self.num_subsets, self.subset_size = num_subsets, subset_size
-        self.seed = seed
+        self.min_samples, self.seed = subset_size, seed
 
     def compute(self) -> dict[str, Any]:
-        size = self.subset_size
-        self.require_samples(size, ", the `subset_size`")
         estimates = subset_estimates(
             self.features(),
             self.reference.require_features(self.name),
             num_subsets=self.num_subsets,
-            subset_size=size,
+            subset_size=self.subset_size,
             rng=np.random.default_rng(self.seed),
         )
         return {
             "value": float(estimates.mean()),
             "std": float(estimates.std()),
             "num_subsets": self.num_subsets,
-            "subset_size": size,
+            "subset_size": self.subset_size,
         }
 
 

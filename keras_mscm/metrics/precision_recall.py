@@ -28,14 +28,13 @@ class _Coverage(StoredFeatureMetric):
                 f"images, {reference.num_images}. Received: "
                 f"neighbours={neighbours}"
             )
-        self.neighbours = neighbours
+        self.neighbours, self.min_samples = neighbours, neighbours + 1
 
     def sets(self) -> tuple[np.ndarray, np.ndarray]:
         """Samples and reference, centred on the reference.
 
         Distances don't change, but far from the origin they would cancel.
         """
-        self.require_samples(self.neighbours + 1, ", `neighbours` + 1")
         real = self.reference.require_features(self.name)
         mean = self.reference.mean
         return self.features() - mean, real - mean
