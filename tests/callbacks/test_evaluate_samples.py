@@ -249,3 +249,14 @@ def test_arguments_that_do_not_suit_the_model(make_model, images):
         with pytest.raises(ValueError, match=message):
             train(model, images, [evaluate], **data)
         assert int(model.iteration) == 0
+
+
+def test_the_model_is_looked_at_only_when_due(make_model, images, monkeypatch):
+    evaluate = make([Recorder()], every=3)
+    looks, look = [], evaluate._draw_if_due
+    monkeypatch.setattr(
+        evaluate, "_draw_if_due", lambda: (looks.append(1), look())
+    )
+    train(make_model(), images, [evaluate])
+    assert iterations(evaluate) == [3, 6]
+    assert len(looks) == 2
