@@ -50,10 +50,15 @@ clean:
 	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[jax,examples]'
 	touch $@
 
-# PyTorch by pip, which takes a CPU build where one is configured.
+# PyTorch by pip, which takes a CPU build where one is configured. What the
+# metrics are compared with asks for torchvision, which has none, and would bring
+# another PyTorch: so without dependencies.
+PEERS = torchmetrics==1.9.0 torch-fidelity==0.4.0 clean-fid==0.1.35 \
+	lightning-utilities==0.15.3
 .venv/.dev: .venv/.demo
 	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
 	$(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps $(PEERS)
 	touch $@
 
 # What speed is compared with. Without what they ask for and don't need here:

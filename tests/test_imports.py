@@ -73,10 +73,10 @@ def may_import(part, name):
     if other == part:
         return True
     if part == "networks":
-        # Networks know nothing of diffusion. What a tensor is, they may; and
-        # how a network is put on disk.
+        # Networks know nothing of diffusion. What a tensor is, they may; how a
+        # network is put on disk; and what the backend does well.
         tensor = name == "keras_mscm.functional.process.Tensor"
-        return tensor or other == "preset_files"
+        return tensor or other in ("preset_files", "backend")
     if floor(part) == 1:
         return floor(other) <= 1
     return floor(other) < floor(part)

@@ -1,4 +1,4 @@
-"""Callbacks for training."""
+"""Annealing of the number of teacher steps."""
 
 from typing import Any
 

@@ -1,0 +1,191 @@
+"""Pictures of samples during training."""
+
+import io
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mscm.callbacks.sampling_callback import (
+    SamplingCallback,
+    write_atomically,
+)
+from keras_mscm.models import checks
+
+
+class SampleGrid(SamplingCallback):
+    """Draws a grid of samples every n iterations, to files and TensorBoard.
+
+    The samples are drawn from always the same noise, so that one sees how they
+    change. The files are `{directory}/{iteration:08d}.png`.
+
+    Args:
+        directory: Where the files go.
+        every: Iterations, which are optimizer updates, between grids.
+        num_images: Images in the grid.
+        columns: Images in a row; about as many as rows by default.
+        labels: Their classes, `(num_images,)`; 0, 1, ... in turn by default.
+        context: Sequence conditioning, `(num_images, length, context_width)`.
+        context_mask: Which of it counts, `(num_images, length)`.
+        batch_size: Images that are drawn at a time.
+        seed: Seed of the noise.
+        tensorboard: Log directory of TensorBoard, to which the grids go as
+            well, as the image "samples"; none by default.
+        **generate_with: Further arguments of the model's `generate`, such as
+            `num_steps`, `sampler` or `guidance_scale`.
+
+    Raises:
+        ValueError: If an argument is out of its range; when training begins,
+            if they don't suit the model, or its images are not of 1, 3 or 4
+            channels.
+        ImportError: Without Pillow, or without TensorBoard if it is wanted.
+
+    Example:
+
+    >>> grid = SampleGrid("grids", every=1000, num_images=20, columns=10)
+    >>> # model.fit(dataset, callbacks=[grid])
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        every: int,
+        num_images: int = 64,
+        columns: int | None = None,
+        labels: Any = None,
+        context: Any = None,
+        context_mask: Any = None,
+        batch_size: int = 128,
+        seed: int = 0,
+        tensorboard: str | os.PathLike | None = None,
+        **generate_with: Any,
+    ):
+        super().__init__(
+            every,
+            num_images,
+            labels,
+            context,
+            context_mask,
+            batch_size,
+            seed,
+            generate_with,
+        )
+        if columns is None:
+            columns = math.ceil(math.sqrt(num_images))
+        checks.check_positive_integer("columns", columns)
+        self.directory, self.columns = Path(directory), columns
+        self.tensorboard = None if tensorboard is None else Path(tensorboard)
+        self._writer: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Checks the model, and that the files can be written."""
+        super().on_train_begin(logs)
+        channels = self.model.image_shape[-1]
+        if channels not in (1, 3, 4):
+            raise ValueError(
+                "`SampleGrid` must be used with a model of images of 1, 3 or "
+                f"4 channels. Received: image_shape={self.model.image_shape}"
+            )
+        try:
+            import PIL  # noqa: F401, that Keras writes images with
+        except ImportError as error:
+            raise ImportError(
+                "`SampleGrid` needs Pillow: pip install 'keras-mscm[images]'"
+            ) from error
+        if self.tensorboard is not None:
+            self._writer = _EventFile(self.tensorboard)
+
+    def on_drawing(self, iteration: int, batches: Iterator[np.ndarray]) -> None:
+        """Writes the grid."""
+        images = grid_of(np.concatenate([*batches]), self.columns)
+        buffer = io.BytesIO()
+        keras.utils.save_img(
+            buffer, images, "channels_last", file_format="png", scale=False
+        )
+        png = buffer.getvalue()
+        path = self.directory / f"{iteration:08d}.png"
+        write_atomically(path, lambda new: new.write_bytes(png), ".png")
+        if self._writer is not None:
+            self._writer.add_image("samples", png, images.shape, iteration)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Closes TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def grid_of(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images in rows, one pixel apart.
+
+    Args:
+        images: `(num, height, width, channels)`, in [-1, 1].
+        columns: Images in a row.
+
+    Returns:
+        One image, integers from 0 to 255.
+    """
+    num, height, width, channels = images.shape
+    columns = min(columns, num)
+    rows = math.ceil(num / columns)
+    cells = np.zeros((rows * columns, height + 1, width + 1, channels), "uint8")
+    cells[:num, :-1, :-1] = np.rint((images + 1) * 127.5)
+    grid = cells.reshape(rows, columns, height + 1, width + 1, channels)
+    grid = grid.swapaxes(1, 2)
+    shape = rows * (height + 1), columns * (width + 1), channels
+    return grid.reshape(shape)[:-1, :-1]
+
+
+class _EventFile:
+    """An event file of TensorBoard.
+
+    By the parts of `tensorboard` that don't import TensorFlow, which its own
+    writer does where it is installed.
+    """
+
+    def __init__(self, directory: Path):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise ImportError(
+                "`tensorboard` needs TensorBoard: pip install "
+                "'keras-mscm[tensorboard]'"
+            ) from error
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        directory.mkdir(parents=True, exist_ok=True)
+        # What TensorBoard looks for; a name of its own for every training.
+        name = (
+            f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+            f".{os.getpid()}.samples"
+        )
+        self._file = (directory / name).open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+
+    def _write(self, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), **content)
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+    def add_image(
+        self, tag: str, png: bytes, shape: tuple[int, ...], step: int
+    ) -> None:
+        image = self._summary.Image(
+            height=shape[0],
+            width=shape[1],
+            colorspace=shape[2],
+            encoded_image_string=png,
+        )
+        value = self._summary.Value(tag=tag, image=image)
+        self._write(step=step, summary=self._summary(value=[value]))
+
+    def close(self) -> None:
+        self._records.close()

@@ -1,0 +1,184 @@
+"""What callbacks that draw samples every so many iterations share."""
+
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mscm.models import DenoisingModel, checks
+
+
+class SamplingCallback(keras.callbacks.Callback):
+    """Draws images from the same noise every `every` iterations.
+
+    Counts batches on the host, and looks at the model only when it is about
+    due: between batches that would wait for the device. An iteration is an
+    optimizer update, so it goes on where a resumed training does.
+
+    Args:
+        every: Iterations between two drawings, at least 1.
+        num_images: How many images.
+        labels: Their classes; 0, 1, ... in turn by default.
+        context: Sequence conditioning, as for `generate`.
+        context_mask: Which of it counts, as for `generate`.
+        batch_size: Images at a time.
+        seed: Seed of the noise, and of what the sampler adds.
+        generate_with: Further arguments of the model's `generate`.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        num_images: int,
+        labels: Any,
+        context: Any,
+        context_mask: Any,
+        batch_size: int,
+        seed: int,
+        generate_with: dict[str, Any],
+    ):
+        super().__init__()
+        checks.check_positive_integer("every", every)
+        checks.check_positive_integer("num_images", num_images)
+        checks.check_positive_integer("batch_size", batch_size)
+        checks.check_number("seed", seed, 0, "an integer of at least 0")
+        conditioning = {
+            "labels": labels,
+            "context": context,
+            "context_mask": context_mask,
+        }
+        self.conditioning = {
+            key: keras.ops.convert_to_numpy(value)
+            for key, value in conditioning.items()
+            if value is not None
+        }
+        for key, value in self.conditioning.items():
+            if len(value) != num_images:
+                raise ValueError(
+                    f"`{key}` must have one entry per image. Received: "
+                    f"num_images={num_images}, {len(value)} {key}"
+                )
+        self.every, self.num_images = every, num_images
+        self.batch_size, self.seed = min(batch_size, num_images), int(seed)
+        self.generate_with = generate_with
+
+    def on_drawing(self, iteration: int, batches: Iterator[np.ndarray]) -> None:
+        """What to do with the images.
+
+        Args:
+            iteration: The optimizer updates so far.
+            batches: The images in [-1, 1], in batches, drawn as they are asked
+                for.
+        """
+        raise NotImplementedError
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Checks the model, and the conditioning against it."""
+        model = self.model
+        if not isinstance(model, DenoisingModel):
+            raise ValueError(
+                f"`{type(self).__name__}` must be used with a DenoisingModel. "
+                f"Received: {type(model).__name__}"
+            )
+        num, parts = self.num_images, dict(self.conditioning)
+        if model.num_classes and "labels" not in parts:
+            parts["labels"] = np.arange(num) % model.num_classes
+        self._parts = dict(parts)
+        if model.context_width:  # which `generate` does without
+            parts.setdefault("context", np.zeros((num, 1, model.context_width)))
+            mask = np.ones(parts["context"].shape[:2], "bool")
+            parts.setdefault("context_mask", mask)
+        checks.check_conditioning(
+            "", parts, num, model.num_classes, model.context_width
+        )
+        try:
+            inspect.signature(model.generate).bind(**self._arguments(0, 1))
+        except TypeError as error:
+            raise ValueError(
+                f"`{type(self).__name__}` must be given arguments of "
+                f"{type(model).__name__}.generate. Received: "
+                f"{sorted(self.generate_with)}: {error}"
+            ) from error
+        # Only now is it known what a callback before this one has restored.
+        self._last: int | None = None
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Sees which iteration the epoch begins at."""
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        model = self.model
+        self._begin = int(model.iteration)
+        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        self._batches = optimizer.gradient_accumulation_steps or 1
+        if self._last is None:
+            self._last = self._begin
+            self.on_first_iteration(self._begin)
+
+    def on_first_iteration(self, iteration: int) -> None:
+        """Called once per training, when what is to be resumed is restored."""
+
+    # Not when a batch ends: Keras would then wait for the device to hand its
+    # loss over, after each.
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Draws, if `batch` batches of the epoch bring it to its turn."""
+        if self._is_due(self._begin + batch // self._batches):
+            self._draw_if_due()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Draws, if the last batch has brought it to its turn."""
+        self._draw_if_due()
+
+    def _is_due(self, iteration: int) -> bool:
+        return iteration // self.every > (self._last or 0) // self.every
+
+    def _draw_if_due(self) -> None:
+        iteration = int(self.model.iteration)
+        # Loss scaling may have skipped an update.
+        if self._is_due(iteration):
+            self._last = iteration
+            self.on_drawing(iteration, self._draw())
+
+    def _draw(self) -> Iterator[np.ndarray]:
+        # One stream, so that the batch size has no say in the noise.
+        rng = np.random.default_rng(self.seed)
+        shape = self.model.image_shape
+        for begin in range(0, self.num_images, self.batch_size):
+            end = min(begin + self.batch_size, self.num_images)
+            noise = rng.standard_normal((end - begin, *shape), dtype="float32")
+            yield self.model.generate(
+                noise=noise, **self._arguments(begin, end)
+            )
+
+    def _arguments(self, begin: int, end: int) -> dict[str, Any]:
+        parts = {name: value[begin:end] for name, value in self._parts.items()}
+        return {
+            **parts,
+            "seed": self.seed + begin,
+            "batch_size": self.batch_size,
+            **self.generate_with,
+        }
+
+
+def write_atomically(
+    path: Path, write: Callable[[Path], Any], suffix: str
+) -> None:
+    """Writes a file that is at any time the old or the new one.
+
+    Args:
+        path: The file.
+        write: Writes to the path that it is given.
+        suffix: What that path must end in.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name}."
+    ) as folder:
+        temporary = Path(folder, f"new{suffix}")
+        write(temporary)
+        os.replace(temporary, path)

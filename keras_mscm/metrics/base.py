@@ -1,0 +1,128 @@
+"""What every metric of samples shares."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mscm.metrics.reference import Reference
+
+
+class FeatureMetric(keras.metrics.Metric):
+    """A metric of samples against a reference, streaming over batches.
+
+    A subclass says what to keep of features, and what they come to.
+
+    Args:
+        reference: The real images.
+        name: What it is called in logs.
+
+    Attributes:
+        num_samples: How many samples there have been.
+        min_samples: How many it takes.
+
+    Raises:
+        ValueError: If `reference` is not a `Reference`.
+    """
+
+    def __init__(self, reference: Reference, name: str):
+        super().__init__(name=name)
+        self.min_samples = 2
+        if not isinstance(reference, Reference):
+            raise ValueError(
+                "`reference` must be a `keras_mscm.metrics.Reference`. "
+                f"Received: reference={reference!r}"
+            )
+        self.reference = reference
+        self.reset_state()
+
+    def update_state(self, images: Any) -> None:
+        """Takes in samples.
+
+        Args:
+            images: `(batch, height, width, channels)`, floats in [-1, 1].
+
+        Raises:
+            ValueError: If they are not.
+        """
+        self.update_features(self.reference.extractor(images))
+
+    def update_features(self, features: Any) -> None:
+        """Takes in samples whose features are known already.
+
+        Args:
+            features: `(batch, features)`, by the reference's extractor.
+
+        Raises:
+            ValueError: If they are not of the reference's width, or not finite.
+        """
+        # A copy, unless nobody can write to it.
+        if getattr(getattr(features, "flags", None), "writeable", True):
+            features = np.array(ops.convert_to_numpy(features))
+        width = len(self.reference.mean)
+        if 0 in features.shape or features.shape[1:] != (width,):
+            raise ValueError(
+                f"`features` must be of shape (batch, {width}), as those of "
+                f"the reference. Received: shape {features.shape}"
+            )
+        if not np.all(np.isfinite(features)):
+            raise ValueError("`features` must be finite. Received: NaN or inf")
+        self.num_samples += len(features)
+        self.keep(features)
+
+    def reset_state(self) -> None:
+        """Forgets the samples."""
+        self.num_samples = 0
+
+    def keep(self, features: np.ndarray) -> None:
+        """Keeps what is needed of a batch of features."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, Any]:
+        """The number, as `"value"`, and what else belongs to it."""
+        raise NotImplementedError
+
+    def result(self) -> dict[str, Any]:
+        """The number, and what it was measured on.
+
+        Returns:
+            A dictionary for JSON: `value`, `num_samples`, `reference`,
+            `reference_hash`, `num_reference`, `extractor`, `resize`, and the
+            metric's own settings.
+
+        Raises:
+            ValueError: If there are too few samples.
+        """
+        if self.num_samples < self.min_samples:
+            raise ValueError(
+                f"`{self.name}` must have had at least {self.min_samples} "
+                f"samples. Received: {self.num_samples}"
+            )
+        return {
+            **self.compute(),
+            "num_samples": self.num_samples,
+            **self.reference.description,
+        }
+
+
+class StoredFeatureMetric(FeatureMetric):
+    """A metric that needs the features of every sample and reference image.
+
+    The arguments are those of `FeatureMetric`.
+    """
+
+    def __init__(self, reference: Reference, name: str):
+        super().__init__(reference, name)
+        self.reference.require_features(type(self).__name__)
+
+    def reset_state(self) -> None:
+        super().reset_state()
+        self._batches: list[np.ndarray] = []
+
+    def keep(self, features: np.ndarray) -> None:
+        self._batches.append(features)
+
+    def features(self) -> np.ndarray:
+        """Those of all samples, `(num_samples, features)`."""
+        return np.concatenate(self._batches)

@@ -1,0 +1,344 @@
+"""Functions of images that give feature vectors, and what they are called."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mscm import backend
+from keras_mscm.functional.process import Tensor
+from keras_mscm.models import checks
+
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos3", "lanczos5", "nearest")
+
+
+class FeatureExtractor:
+    """A function of images, with a description that stays beside its numbers.
+
+    Of a batch that it has just seen the features are still known, so that
+    several metrics on the same samples cost one evaluation of the network.
+
+    Args:
+        function: Function of images, float32 arrays `(batch, height, width,
+            channels)` in [-1, 1], that returns `(batch, features)`, an array
+            or a tensor. Each image's features must not depend on the others.
+        name: What it is called in results.
+        resize: How it resizes images, as results are to say it.
+        batch_size: Images per call of `function`, at most.
+
+    Call arguments:
+        images: `(num, height, width, channels)`, floats in [-1, 1].
+
+    Call returns:
+        NumPy array, `(num, features)`, float32 or float64.
+
+    Raises:
+        ValueError: If an argument is out of its range; when called, if the
+            images are, or the features are not finite vectors.
+
+    Example:
+
+    >>> def means(images):
+    ...     return images.mean(axis=(1, 2))
+    >>> extractor = FeatureExtractor(means, name="mean colour")
+    >>> extractor(np.zeros((4, 8, 8, 3), "float32")).shape
+    (4, 3)
+    >>> extractor.description
+    {'extractor': 'mean colour', 'resize': 'none'}
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        *,
+        name: str,
+        resize: str = "none",
+        batch_size: int = 128,
+    ):
+        if not callable(function):
+            raise ValueError(
+                "`function` must be a function of images that returns (batch, "
+                f"features). Received: function={function!r}"
+            )
+        checks.check_positive_integer("batch_size", batch_size)
+        self.function, self.batch_size = function, batch_size
+        self.description = {"extractor": str(name), "resize": str(resize)}
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def __call__(self, images: Any) -> np.ndarray:
+        images = as_images("images", images)
+        digest = hashlib.sha256(images.data)
+        digest.update(str(images.shape).encode())
+        key = digest.hexdigest()
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._extract(images)
+        return self._last[1]
+
+    def _extract(self, images: np.ndarray) -> np.ndarray:
+        num = len(images)
+        size = min(self.batch_size, num)
+        batches = []
+        for begin in range(0, num, size):
+            # Wrap around, so that all batches are of one compiled shape.
+            places = np.arange(begin, begin + size) % num
+            features = ops.convert_to_numpy(self.function(images[places]))
+            wide = features.dtype == "float64"
+            features = np.array(features, "float64" if wide else "float32")
+            if features.ndim != 2 or len(features) != size:
+                raise ValueError(
+                    f"`function` of the extractor {self._name!r} must return "
+                    f"(batch, features). Received: shape {features.shape} for "
+                    f"a batch of {size}"
+                )
+            batches.append(features)
+        features = np.concatenate(batches)[:num]
+        bad = features.size - int(np.isfinite(features).sum())
+        if bad:
+            raise ValueError(
+                f"`function` of the extractor {self._name!r} must return "
+                f"finite features. Received: {bad} of {features.size} that "
+                "are not"
+            )
+        # Metrics keep it; nobody may write to it.
+        features.flags.writeable = False
+        return features
+
+    @property
+    def _name(self) -> str:
+        return self.description["extractor"]
+
+
+def as_images(name: str, images: Any) -> np.ndarray:
+    """A batch of images as a float32 array, checked."""
+    if len(getattr(images, "shape", ())) != 4:
+        shape = tuple(getattr(images, "shape", ())) or type(images).__name__
+        raise ValueError(
+            f"`{name}` must be an array of shape (batch, height, width, "
+            f"channels). Received: {shape}"
+        )
+    images = ops.convert_to_numpy(images)
+    checks.check_images(name, images, images.shape[1:])
+    return np.ascontiguousarray(images, "<f4")
+
+
+def keras_features(
+    model: keras.Layer,
+    *,
+    name: str | None = None,
+    size: tuple[int, int] | None = None,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+    pool: Callable[[Any], Tensor] | None = None,
+    batch_size: int = 128,
+) -> FeatureExtractor:
+    """A Keras model, or a KerasHub backbone, as a feature extractor.
+
+    Grey images are repeated to three channels for a model that takes colour,
+    then resized, then normalised as the model wants them:
+    `((images + 1) / 2 - mean) / std`. KerasHub's DINOv2 and CLIP, for example::
+
+        keras_features(
+            keras_hub.models.DINOV2Backbone.from_preset("dinov2_base"),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            pool=lambda tokens: tokens[:, 0],
+        )
+        keras_features(
+            keras_hub.models.CLIPBackbone.from_preset(
+                "clip_vit_base_patch32"
+            ).vision_encoder,
+            mean=(0.4815, 0.4578, 0.4082),
+            std=(0.2686, 0.2613, 0.2758),
+            pool=lambda tokens: tokens[:, 0],
+        )
+
+    Args:
+        model: Built model of images, or of a dictionary with one entry for
+            them. Its weights' hash becomes part of the name, so it must not be
+            trained on afterwards.
+        name: What it is called in results; `model.name` by default.
+        size: Height and width that the images are resized to; by default those
+            of the model's input, where they are fixed, else none.
+        interpolation: Method of `keras.ops.image.resize`.
+        antialias: Whether to filter where that makes images smaller.
+        mean: Mean to subtract from images in [0, 1], one or one per channel.
+        std: What to divide them by then. 0.5 and 0.5 leave [-1, 1], 0 and 1
+            give [0, 1], 0 and 1/255 give [0, 255].
+        pool: Function of the model's output that returns `(batch, features)`.
+            By default that is the output itself, or its mean over height and
+            width.
+        batch_size: Images per call of the model, at most.
+
+    Returns:
+        A `FeatureExtractor`.
+
+    Raises:
+        ValueError: If an argument is out of its range; when called, if the
+            model takes no such images or returns no such features.
+
+    Example:
+
+    >>> layers = [keras.Input((16, 16, 3)), keras.layers.Conv2D(5, 3)]
+    >>> extractor = keras_features(keras.Sequential(layers), name="conv")
+    >>> extractor(np.zeros((2, 8, 8, 1), "float32")).shape
+    (2, 5)
+    >>> extractor.description["resize"]
+    'bilinear, antialias, to 16x16 (keras.ops.image.resize)'
+    """
+    if not isinstance(model, keras.Layer) or not model.built:
+        raise ValueError(
+            "`model` must be a built Keras model or layer. Received: "
+            f"model={model!r}"
+        )
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"`interpolation` must be one of {INTERPOLATIONS}. Received: "
+            f"interpolation={interpolation!r}"
+        )
+    inputs = getattr(model, "inputs", None) or []
+    if len(inputs) > 1:
+        raise ValueError(
+            "`model` must take images and nothing else. Received: a model of "
+            f"{len(inputs)} inputs, {[x.name for x in inputs]}"
+        )
+    shape = tuple(inputs[0].shape) if inputs else (None,) * 4
+    # KerasHub's take a dictionary.
+    structure = getattr(model, "input", None) if inputs else None
+    keys = [*structure] if isinstance(structure, dict) else []
+    if len(shape) != 4:
+        raise ValueError(
+            "`model` must take images (batch, height, width, channels). "
+            f"Received: a model of inputs of shape {shape}"
+        )
+    if size is None and None not in shape[1:3]:
+        size = shape[1:3]
+    if size is not None:
+        if len(size) != 2:
+            raise ValueError(
+                f"`size` must be (height, width). Received: size={size!r}"
+            )
+        for side in size:
+            checks.check_positive_integer("size", side)
+    scale, shift = np.asarray(std, "float32"), np.asarray(mean, "float32")
+    if not (np.all(np.isfinite(scale)) and np.all(scale > 0)):
+        raise ValueError(f"`std` must be positive. Received: std={std!r}")
+    if not np.all(np.isfinite(shift)):
+        raise ValueError(f"`mean` must be finite. Received: mean={mean!r}")
+
+    def network(images: Tensor) -> Tensor:
+        output = model({keys[0]: images} if keys else images, training=False)
+        if pool is not None:
+            output = pool(output)
+        elif len(getattr(output, "shape", ())) == 4:
+            output = ops.mean(output, axis=(1, 2))
+        if len(getattr(output, "shape", ())) != 2:
+            came = getattr(output, "shape", type(output).__name__)
+            raise ValueError(
+                "`pool` must be given for a model that doesn't return (batch, "
+                "features) or (batch, height, width, features), such as "
+                "`lambda tokens: tokens[:, 0]`; and return (batch, features). "
+                f"Received: {came}"
+            )
+        return ops.cast(output, "float32")
+
+    run = backend.compile_inference(network, model.variables)
+
+    def extract(images: np.ndarray) -> Tensor:
+        images = ops.convert_to_tensor(images, "float32")
+        channels = shape[3] or images.shape[3]
+        if images.shape[3] == 1 and channels == 3:
+            images = ops.repeat(images, 3, axis=3)
+        if images.shape[3] != channels:
+            raise ValueError(
+                f"`images` must have 1 channel or the {channels} that the "
+                f"extractor takes. Received: {images.shape[3]} channels"
+            )
+        if size is not None and tuple(images.shape[1:3]) != tuple(size):
+            images = ops.image.resize(
+                images,
+                tuple(size),
+                interpolation=interpolation,
+                antialias=antialias,
+                data_format="channels_last",
+            )
+        return run(((images + 1.0) / 2.0 - shift) / scale)
+
+    filtered = ", antialias" if antialias else ""
+    resize = (
+        "none"
+        if size is None
+        else (
+            f"{interpolation}{filtered}, to {size[0]}x{size[1]} "
+            "(keras.ops.image.resize)"
+        )
+    )
+    return FeatureExtractor(
+        extract,
+        name=f"{name or model.name}, weights {_hash_of_weights(model)}",
+        resize=resize,
+        batch_size=batch_size,
+    )
+
+
+def _hash_of_weights(model: keras.Layer) -> str:
+    digest = hashlib.sha256()
+    for weight in model.weights:
+        value = ops.convert_to_numpy(weight.value)
+        digest.update(str(value.shape).encode())
+        digest.update(np.asarray(value, "<f4").tobytes())
+    return digest.hexdigest()[:12]
+
+
+def inception_v3(
+    weights: str | None = "imagenet",
+    *,
+    size: tuple[int, int] = (299, 299),
+    batch_size: int = 128,
+) -> FeatureExtractor:
+    """The 2048 pooled features of `keras.applications.InceptionV3`.
+
+    **Numbers with these features are not comparable with published FIDs.** The
+    Inception of TF-GAN, torch-fidelity and clean-fid is another network: it was
+    trained in 2015 for 1008 classes, its pooling differs, and each library
+    resizes in its own way. Compare only with numbers by this extractor.
+
+    Args:
+        weights: `"imagenet"`, which Keras downloads; the path of a weights
+            file; or None for random weights, for trying out.
+        size: Height and width that images are resized to, at least 75.
+        batch_size: Images per call of the network, at most.
+
+    Returns:
+        A `FeatureExtractor`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or there is no such
+            weights file.
+
+    Example:
+
+    >>> # extractor = inception_v3()
+    >>> # reference = Reference(images, extractor, name="train")
+    """
+    if len(size) != 2 or min(size) < 75:
+        raise ValueError(
+            "`size` must be (height, width) of at least 75 each. Received: "
+            f"size={size!r}"
+        )
+    model = keras.applications.InceptionV3(
+        include_top=False,
+        weights=weights,
+        pooling="avg",
+        input_shape=(*size, 3),
+    )
+    return keras_features(
+        model,
+        name=f"InceptionV3 (keras.applications, {weights or 'random'}; not "
+        "comparable with TF-GAN's or torch-fidelity's)",
+        batch_size=batch_size,
+    )
