@@ -2,7 +2,7 @@
 
 By XLA's own count of the step's floating-point operations, on JAX, against the
 sum of its parts compiled alone: a forward pass for the reference (and for the
-teacher; of twice the batch with guidance), and a forward pass with its gradient.
+teacher; of twice the batch with guidance), and one with its gradient.
 """
 
 import jax

@@ -25,7 +25,7 @@ POINT = dict(batch=32, size=32, width=128)
 OVER = {
     "batch": (8, 16, 32, 64, 128),
     "size": (16, 32, 48, 64),
-    "width": (64, 128, 256, 512),
+    "width": (64, 128, 256),
 }
 DEVICES = (1, 2, 4, 8)
 

@@ -78,8 +78,7 @@ def measure(quick):
     emit(part="matrix product", what=f"{SIZE}^3", gflops=highest / 1e9)
     sizes = [("grey28", 128), ("colour64", 32)]
     if not quick:
-        sizes += [("digits", 128), ("colour32", 32)]
-        sizes += [("wide28", 128), ("wide64", 32)]
+        sizes += [("digits", 128), ("wide28", 128), ("wide64", 32)]
     for preset, batch_size in sizes:
         measured = {
             "CT step": training(preset, batch_size, "training"),

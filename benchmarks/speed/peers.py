@@ -184,7 +184,9 @@ def kerashub(size):
         context_shape=(1, 64),
         pooled_projection_shape=(64,),
     )
-    x = np.random.default_rng(0).random((batch, size, size, channels), "float32")
+    x = np.random.default_rng(0).random(
+        (batch, size, size, channels), "float32"
+    )
     inputs = {
         "latent": x,
         "context": np.zeros((batch, 1, 64), "float32"),
@@ -195,10 +197,15 @@ def kerashub(size):
     # Tokens: those of the image and one of context, each with weights of its
     # own; 4 c^2 for attention, 8 c^2 for the MLP, 6 c^2 per image to modulate.
     tokens = (size // patch) ** 2
-    forward = 2 * batch * depth * (
-        (tokens + 1) * 12 * width**2
-        + 2 * (tokens + 1) ** 2 * width
-        + 2 * 6 * width**2
+    forward = (
+        2
+        * batch
+        * depth
+        * (
+            (tokens + 1) * 12 * width**2
+            + 2 * (tokens + 1) ** 2 * width
+            + 2 * 6 * width**2
+        )
     )
 
     def step():
@@ -221,7 +228,9 @@ def measure(quick):
             torch_peers(28, compiled=True)
     for size in SIZES:
         kerashub(size)
-    emit(part="seconds", what="alternatives", seconds=time.perf_counter() - begun)
+    emit(
+        part="seconds", what="alternatives", seconds=time.perf_counter() - begun
+    )
 
 
 if __name__ == "__main__":

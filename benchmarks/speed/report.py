@@ -44,7 +44,9 @@ def table(rows):
             "| " + " | ".join("---" for _ in names) + " |",
         ]
         for row in group:
-            cells = [str({**row, "within": within(row)}.get(n, "")) for n in names]
+            cells = [
+                str({**row, "within": within(row)}.get(n, "")) for n in names
+            ]
             text.append("| " + " | ".join(cells) + " |")
         text.append("")
     return "\n".join([*text, "![Growth of time and memory](growth.png)", ""])
