@@ -139,3 +139,17 @@ def test_another_backend_is_refused():
     assert run.returncode
     assert "KERAS_BACKEND=numpy" in run.stderr
     assert "'jax', 'tensorflow' and 'torch'" in run.stderr
+
+
+def test_move_towards_is_an_average_that_takes_nothing_infinite():
+    values = [np.float32([1.0, np.nan, np.inf]), np.float32([[2.0, -4.0]])]
+    begin = [np.float32([3.0, 5.0, 7.0]), np.float32([[0.0, 1.0]])]
+    pairs = [
+        (keras.Variable(average), keras.Variable(weight))
+        for average, weight in zip(begin, values)
+    ]
+    backend.move_towards(pairs, ops.convert_to_tensor(0.25))
+    for (average, _), expected in zip(pairs, ([2.5, 5, 7], [[0.5, -0.25]])):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(average), expected, rtol=1e-6
+        )

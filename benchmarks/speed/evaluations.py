@@ -5,6 +5,9 @@ sum of its parts compiled alone: a forward pass for the reference (and for the
 teacher; of twice the batch with guidance), and one with its gradient.
 """
 
+import math
+import re
+
 import jax
 import keras
 from keras import ops
@@ -58,6 +61,22 @@ def parts(model, x, y, guided):
     }
 
 
+def copied_weights(step, state, data):
+    """Bytes of the state that the compiled step copies, the state given away.
+
+    What goes through unchanged, as the teacher's weights do, need not move.
+    """
+    compiled = jax.jit(step, donate_argnums=0).lower(state, data).compile()
+    entry = compiled.as_text().split("ENTRY")[1]
+    parameters = set(re.findall(r"%?(\S+) = \S+ parameter\(", entry))
+    copies = re.findall(r"= (\w+)\[([\d,]*)\]\S* copy\(%?([^)\s]+)\)", entry)
+    return sum(
+        4 * math.prod(map(int, filter(None, shape.split(","))))
+        for _, shape, source in copies
+        if source in parameters
+    )
+
+
 def count(preset, method, guidance_scale):
     model = student(preset, method, guidance_scale=guidance_scale)
     model.compile(optimizer=keras.optimizers.SGD(1e-4))
@@ -77,6 +96,9 @@ def count(preset, method, guidance_scale):
     needed = part["reference"] + part["gradient"]
     if method == "distillation":
         needed += part["teacher"]
+    teacher = model.teacher.network
+    held = sum(v.value.nbytes for v in teacher.variables) if teacher else 0
+    copied = copied_weights(model.train_step, state, (x, y))
     guided = f", guidance {guidance_scale}" if guidance_scale != 1 else ""
     emit(
         part="FLOPs of the step over its parts",
@@ -84,6 +106,8 @@ def count(preset, method, guidance_scale):
         bound=1.02,
         ratio=whole / needed,
         gflops=whole / 1e9,
+        copied_mib=copied / 2**20,
+        teacher_mib=held / 2**20,
         closed_form_gflops=model.network.flops() * BATCH / 1e9,
     )
 

@@ -532,7 +532,11 @@ class DenoisingModel(keras.Model):
             counts["num_images"] = int(num_images)
         counts |= {name: len(value) for name, value in given.items()}
         if noise is not None:
-            noise = ops.convert_to_tensor(noise, "float32")
+            # An array stays one: the compiled sampler takes it as it is.
+            convert = np.asarray
+            if not isinstance(noise, np.ndarray):
+                convert = ops.convert_to_tensor
+            noise = convert(noise, "float32")
             if tuple(noise.shape[1:]) != self.image_shape:
                 raise ValueError(
                     "`noise` must be of shape (num_images, height, width, "
