@@ -118,23 +118,22 @@ def main():
     args = parser.parse_args()
     if args.check:
         sys.exit(not check())
-    results = FOLDER / "results.jsonl"
-    kept = []
-    if results.is_file():
-        lines = map(json.loads, results.read_text().splitlines())
-        kept = [row for row in lines if row["file"] not in args.parts]
-    if args.report:
-        report.write(FOLDER)
-        return
-    rows = [
-        {"file": part, **row, **circumstances()}
-        for part in args.parts
-        for backend in PARTS[part]
-        for row in run(part, backend)
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in [*kept, *rows])
-    results.write_text(text)
+    if not args.report:
+        for part in args.parts:
+            rows = [
+                row for backend in PARTS[part] for row in run(part, backend)
+            ]
+            replace(part, rows)
     report.write(FOLDER)
+
+
+def replace(part, rows):
+    """Puts a part's rows in the place of those that were there."""
+    results, told = FOLDER / "results.jsonl", circumstances()
+    lines = results.read_text().splitlines() if results.is_file() else []
+    kept = [line for line in lines if json.loads(line)["file"] != part]
+    new = [json.dumps({"file": part, **row, **told}) for row in rows]
+    results.write_text("\n".join([*kept, *new]) + "\n")
 
 
 if __name__ == "__main__":
