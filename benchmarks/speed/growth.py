@@ -23,8 +23,8 @@ from keras_mscm import DiffusionModel, MultistepConsistencyModel, UViT
 
 POINT = dict(batch=32, size=32, width=128)
 OVER = {
-    "batch": (8, 16, 32, 64, 128),
-    "size": (16, 32, 48, 64),
+    "batch": (8, 16, 32, 64),
+    "size": (16, 32, 48),
     "width": (64, 128, 256),
 }
 DEVICES = (1, 2, 4, 8)
@@ -66,7 +66,7 @@ def temporaries(model, batch):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def step_seconds(model, batch, steps=4):
+def step_seconds(model, batch, steps=3):
     """The median of several epochs, each over its number of steps."""
     images, _ = arrays(model, steps * batch)
 
@@ -74,7 +74,7 @@ def step_seconds(model, batch, steps=4):
         model.fit(images, batch_size=batch, verbose=0)
 
     epoch()
-    return statistics.median(timing.seconds(epoch) for _ in range(3)) / steps
+    return statistics.median(timing.seconds(epoch) for _ in range(2)) / steps
 
 
 def over(axis):
