@@ -32,7 +32,6 @@ GUARDED = {
     "startup": ("jax",),
     "overhead": EVERY,
     "evaluations": ("jax",),
-    "growth": ("jax",),
 }
 PACKAGES = ("keras", "jax", "tensorflow-cpu", "torch", "diffusers")
 PACKAGES += ("denoising-diffusion-pytorch", "keras-hub")
