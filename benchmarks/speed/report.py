@@ -1,6 +1,7 @@
 """Turns results.jsonl into table.md and growth.png."""
 
 import json
+import math
 from itertools import groupby
 
 
@@ -69,8 +70,14 @@ def plot(rows, folder):
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     if not axes_names:
         return
+    columns = min(3, len(axes_names))
+    lines = math.ceil(len(axes_names) / columns)
     figure, panels = plt.subplots(
-        2, 3, figsize=(11, 6), layout="constrained", squeeze=False
+        lines,
+        columns,
+        figsize=(4 * columns + 1, 3.2 * lines),
+        layout="constrained",
+        squeeze=False,
     )
     for axes, name in zip(panels.flat, axes_names):
         points = [row for row in rows if row["axis"] == name]
