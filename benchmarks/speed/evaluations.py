@@ -12,7 +12,7 @@ import jax
 import keras
 from keras import ops
 
-from benchmarks.speed.models import arrays, student
+from benchmarks.speed.models import arrays, state_of, student
 from benchmarks.speed.rows import emit, main
 
 BATCH = 32
@@ -82,15 +82,7 @@ def count(preset, method, guidance_scale):
     model.compile(optimizer=keras.optimizers.SGD(1e-4))
     x, y = arrays(model, BATCH)
     model.optimizer.build(model.trainable_variables)
-    state = tuple(
-        [v.value for v in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    )
+    state = state_of(model)
     whole = flops(model.train_step, state, (x, y))
     part = parts(model, x, y, guidance_scale != 1)
     needed = part["reference"] + part["gradient"]

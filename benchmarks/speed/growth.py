@@ -17,7 +17,7 @@ import jax
 import keras
 
 from benchmarks.speed import timing
-from benchmarks.speed.models import arrays
+from benchmarks.speed.models import arrays, state_of
 from benchmarks.speed.rows import emit, main
 from keras_mscm import DiffusionModel, MultistepConsistencyModel, UViT
 
@@ -44,18 +44,6 @@ def make(size, width, student_steps=8):
     )
     model.compile(optimizer=keras.optimizers.Adam(1e-4))
     return model
-
-
-def state_of(model):
-    return tuple(
-        [v.value for v in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    )
 
 
 def temporaries(model, batch):

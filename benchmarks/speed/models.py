@@ -54,3 +54,16 @@ def arrays(model, count):
     if not model.num_classes:
         return images, None
     return images, np.arange(count, dtype="int32") % model.num_classes
+
+
+def state_of(model):
+    """What Keras hands to a training step on JAX."""
+    return tuple(
+        [v.value for v in variables]
+        for variables in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+    )

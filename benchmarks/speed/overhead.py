@@ -13,8 +13,8 @@ from benchmarks.speed import bare, timing
 from benchmarks.speed.models import arrays, student
 from benchmarks.speed.rows import emit, main
 
-# Compiling Keras' layers takes PyTorch minutes, and what comes out is slower
-# than what goes in (0.91 to 0.96 of eager speed for a training step).
+# Compiling Keras' layers takes PyTorch minutes, and when it was tried what came
+# out was no faster.
 SLOW_TO_COMPILE = ("compile",)
 
 

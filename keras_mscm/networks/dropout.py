@@ -15,10 +15,9 @@ class Dropout(keras.layers.Dropout):
 
     The bits of an element are a hash of the layer's seed, the number of calls
     so far, the example and the place in it. That is a handful of integer
-    operations, which compilers fuse into one pass, where JAX's generator of
-    random numbers takes 30 times as long on a CPU. An example's mask depends
-    neither on the backend, nor on the other examples, nor on how many devices
-    share them.
+    operations, which compilers fuse into one pass; JAX's generator of random
+    numbers is much dearer on a CPU. An example's mask depends neither on the
+    backend, nor on the other examples, nor on how many devices share them.
 
     Arguments, call arguments and returns as of `keras.layers.Dropout`.
 
