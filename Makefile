@@ -6,7 +6,8 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL := 3
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: demo figure test lint bench-speed bench-speed-all format fresh clean
+.PHONY: demo figure test test-slow lint bench-smoke bench-speed bench-speed-all \
+	format fresh clean
 
 # What JAX has compiled once, it reads from there the next time.
 demo figure: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
@@ -20,13 +21,22 @@ figure: .venv/.demo  ## the paper's figure 1, into demo/two_modes/
 test: .venv/.dev  ## every test on every backend
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/pytest -n 2; \
+		KERAS_BACKEND=$$backend $(BIN)/pytest -n 2 -m 'not slow'; \
+	done
+
+test-slow: .venv/.dev  ## the long ones: kills at random, many devices
+	@set -e; for backend in $(BACKENDS); do \
+		echo "== slow tests on $$backend"; \
+		KERAS_BACKEND=$$backend $(BIN)/pytest -n 0 -m slow; \
 	done
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-smoke: .venv/.dev  ## the guard: a student's quality, against its figure
+	KERAS_BACKEND=jax $(BIN)/python -m benchmarks.smoke
 
 bench-speed: .venv/.dev  ## the guard: ratios of speed, against their bounds
 	$(BIN)/python -m benchmarks.speed --check

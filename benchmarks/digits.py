@@ -57,7 +57,7 @@ class Experiment:
         self.seed, self.args = seed, args
         keras.utils.set_random_seed(seed)
         self.images, self.held_out, self.labels, _ = digits.load_data(seed)
-        self.judge = digits.Judge(self.images, self.labels, seed)
+        self.judge = digits.Judge(self.images, self.labels, self.held_out, seed)
         self.noise = np.random.default_rng(seed).standard_normal(
             (args.num_samples, 8, 8, 1), dtype="float32"
         )
@@ -74,9 +74,7 @@ class Experiment:
             batch_size=500,
             **kwargs,
         )
-        return self.judge.judge(
-            images, self.wanted, self.held_out, name, num_steps
-        )
+        return self.judge.judge(images, self.wanted, name, num_steps)
 
     def teacher(self):
         """The teacher of this seed, trained once, and its file."""

@@ -32,7 +32,13 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 import keras_mscm
-from keras_mscm import DiffusionModel, MultistepConsistencyModel, UViT, samplers
+from keras_mscm import (
+    DiffusionModel,
+    MultistepConsistencyModel,
+    UViT,
+    metrics,
+    samplers,
+)
 from keras_mscm.callbacks import TeacherStepAnneal
 
 matplotlib.use("Agg")
@@ -58,7 +64,7 @@ def load_data(seed):
 class Judge:
     """Frechet distance and label accuracy, by a classifier of the digits."""
 
-    def __init__(self, images, labels, seed):
+    def __init__(self, images, labels, held_out, seed):
         self.classifier = MLPClassifier(
             (128, 32),
             activation="logistic",
@@ -66,7 +72,18 @@ class Judge:
             max_iter=400,
             random_state=seed,
         ).fit(_flat(images), labels)
-        self.reference = self.features(images)
+        extractor = metrics.FeatureExtractor(
+            self.features, name="digits classifier", batch_size=10_000
+        )
+        self.training, self.held_out = (
+            metrics.FrechetDistance(
+                metrics.Reference(part, extractor, name=name)
+            )
+            for part, name in (
+                (images, "digits, training"),
+                (held_out, "digits, held out"),
+            )
+        )
 
     def features(self, images):
         """Activations of the last hidden layer, `(num, 32)`."""
@@ -76,26 +93,19 @@ class Judge:
             hidden = scipy.special.expit(hidden @ kernel + bias)
         return hidden
 
-    def frechet_distance(self, images, reference=None):
-        """Frechet distance between Gaussians fitted to the features."""
-        a = self.features(images)
-        b = self.reference if reference is None else self.features(reference)
-        cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-        eigenvalues = scipy.linalg.eigvals(cov_a @ cov_b)
-        cross = np.sqrt(np.maximum(eigenvalues.real, 0)).sum()
-        mean = np.square(a.mean(0) - b.mean(0)).sum()
-        return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-    def judge(self, images, labels, held_out, sampler, num_steps):
+    def judge(self, images, labels, sampler, num_steps):
         """One entry of results.json."""
+        distances = []
+        for metric in (self.training, self.held_out):
+            metric.reset_state()
+            metric.update_state(images)
+            distances.append(float(metric.result()["value"]))
         seen = self.classifier.predict(_flat(images))
         return {
             "sampler": sampler,
             "num_steps": num_steps,
-            "frechet_distance": self.frechet_distance(images),
-            "frechet_distance_held_out": self.frechet_distance(
-                images, held_out
-            ),
+            "frechet_distance": distances[0],
+            "frechet_distance_held_out": distances[1],
             "label_accuracy": float(np.mean(seen == labels)),
             "num_samples": len(images),
         }
@@ -285,14 +295,11 @@ def main(args):
     output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(args.seed)
     images, held_out, labels, held_out_labels = load_data(args.seed)
-    judge = Judge(images, labels, args.seed)
+    judge = Judge(images, labels, held_out, args.seed)
     noise = np.random.default_rng(args.seed).standard_normal(
         (args.num_samples, 8, 8, 1), dtype="float32"
     )
     wanted = np.arange(args.num_samples, dtype="int32") % 10
-
-    def evaluate(samples, labels, sampler, num_steps):
-        return judge.judge(samples, labels, held_out, sampler, num_steps)
 
     def data(batch_size, seed):
         return batches(images, labels, batch_size, seed)
@@ -310,7 +317,7 @@ def main(args):
     done("teacher_trained")
 
     print("\nSampling the teacher, 1 to 512 steps with DDIM and aDDIM")
-    curves = teacher_curves(teacher, noise, wanted, evaluate)
+    curves = teacher_curves(teacher, noise, wanted, judge.judge)
     done("teacher_sampled")
 
     print(f"\nDistilling the student, {args.student_iterations} iterations")
@@ -337,14 +344,14 @@ def main(args):
         curves["ddim"] + curves["addim"], key=lambda e: e["frechet_distance"]
     )
     ddim_8 = curves["ddim"][TEACHER_STEPS.index(8)]
-    student_8 = evaluate(samples, wanted, "ddim", STUDENT_STEPS)
+    student_8 = judge.judge(samples, wanted, "ddim", STUDENT_STEPS)
     neighbours, distances = nearest(samples, images)
     _, real_distances = nearest(held_out, images)
     results = {
         "teacher_best": best,
         "teacher_ddim_8": ddim_8,
         "student_8": student_8,
-        "real_floor": evaluate(held_out, held_out_labels, "real", 0),
+        "real_floor": judge.judge(held_out, held_out_labels, "real", 0),
         "ratios": {
             "student_8_over_teacher_best": student_8["frechet_distance"]
             / best["frechet_distance"],

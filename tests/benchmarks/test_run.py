@@ -1,0 +1,171 @@
+"""An experiment from settings to results: whole, resumed, and read."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+
+from benchmarks import data, report, run
+from benchmarks.verdicts import verdicts
+
+SETTINGS = """
+data = "tiny"
+tables = [1, 2, 3, 4]
+curves = true
+judge_epochs = 1
+[network]
+patch_size = 4
+widths = [16]
+depths = [1]
+attention = true
+head_width = 16
+embedding_width = 16
+[cpu]
+seeds = [0]
+num_samples = 20
+curve_steps = [8, 512]
+anneal = [8, 16]
+constant_teacher_steps = [16, 32, 64]
+progressive_start = 16
+teacher = { iterations = 20, batch_size = 4, learning_rate = 1e-3 }
+student = { iterations = 20, batch_size = 4, learning_rate = 1e-3 }
+[gpu]
+seeds = [0]
+"""
+TASKS = run.tasks
+TEACHER = "models/tiny_cpu_teacher_0.keras"
+
+
+def tiny_data(name="tiny"):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 8, 8, 1), dtype="uint8")
+    labels = np.arange(40, dtype="int32") % 4
+    return data.Data(images[:24], labels[:24], images[24:], labels[24:])
+
+
+def some_tasks(settings):
+    """One of each kind, instead of the hundred there are."""
+    tasks = [*run.tasks(settings)]
+    keep = {}
+    for key, method in tasks:
+        kind = key["kind"], key.get("method"), key.get("sampler")
+        if key.get("num_steps") != 512:
+            keep.setdefault(kind, (key, method))
+    return [*keep.values()]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder after a run that was interrupted and begun again."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "settings").mkdir()
+    (folder / "settings" / "tiny.toml").write_text(SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "FOLDER", folder)
+        patch.setattr(run, "MODELS", folder / "models")
+        patch.setattr(report, "MODELS", folder / "models")
+        patch.setattr(report, "FOLDER", folder)
+        patch.setattr(run, "BATCH", 20)
+        patch.setattr(data, "load", tiny_data)
+        tasks = some_tasks(run.read_settings("tiny", "cpu"))
+        patch.setattr(run, "tasks", lambda settings: tasks[:2])
+        run.run("tiny", "cpu")
+        first = run.read_results("tiny")
+        teacher = (folder / TEACHER).read_bytes()
+        patch.setattr(run, "tasks", lambda settings: tasks)
+        run.run("tiny", "cpu")
+        yield folder, tasks, first, teacher
+
+
+def test_a_run_goes_on_where_it_was(ran):
+    folder, tasks, first, teacher = ran
+    kinds = {key["kind"] for key, _ in tasks}
+    assert kinds == {"real", "curve", "student", "time"}
+    rows = run.read_results("tiny")
+    assert rows[: len(first)] == first
+    assert len(rows) == len(tasks)
+    assert (folder / TEACHER).read_bytes() == teacher
+    measured = [row for row in rows if row["kind"] != "time"]
+    assert all(np.isfinite(row["frechet_distance"]) for row in measured)
+    hashes = {row["reference_hash"] for row in measured}
+    assert len(hashes) == 1
+
+
+def test_the_tables_need_each_student_once():
+    settings = tomllib.loads(SETTINGS)
+    keys = [key for key, _ in TASKS({**settings, **settings["cpu"]})]
+    written = [json.dumps(key, sort_keys=True) for key in keys]
+    assert len(set(written)) == len(written)
+    of = [key for key in keys if key["kind"] == "student"]
+    # Table 1: CT and CD at 5; 2: 3 at 4; 3: PD at 4; 4: DDIM at 4.
+    assert len(of) == 10 + 12 + 4 + 4
+
+
+class Known(report.Results):
+    """Results with the given distances of CD students."""
+
+    def __init__(self, students, rows=()):
+        self.students = students
+        self.settings = {"constant_teacher_steps": [16]}
+        self.rows = [dict(kind="curve", seed=0, frechet_distance=1.0)]
+
+    def student(self, k, method="distillation", integrator="addim", steps=0):
+        return self.students.get((k, method, integrator, steps), [])
+
+
+def cd(k):
+    return k, "distillation", "addim", 0
+
+
+def test_verdicts_can_confirm_and_contradict():
+    def read(students):
+        return {claim: said for claim, _, said in verdicts(Known(students))}
+
+    good = read({cd(1): [2.0], cd(8): [1.05]})
+    assert good["CD at K = 8 within 1.07 of the teacher's best"] == "confirmed"
+    assert good["CD: each K better than the K below"] == "confirmed"
+    bad = read({cd(1): [1.0], cd(8): [1.2]})
+    told = bad["CD at K = 8 within 1.07 of the teacher's best"]
+    assert told == "not confirmed"
+    assert bad["CD: each K better than the K below"] == "contradicted"
+
+    ddim = 8, "distillation", "ddim", 0
+    claim = "K = 8: aDDIM the better teacher"
+    assert read({cd(8): [1.0], ddim: [2.0]})[claim] == "confirmed"
+    assert read({cd(8): [2.0], ddim: [1.0]})[claim] == "contradicted"
+
+    constant = 1, "distillation", "addim", 16
+    claim = "K = 1: annealing better than constant teacher steps"
+    assert read({cd(1): [1.0], constant: [2.0]})[claim] == "confirmed"
+    assert read({cd(1): [2.0], constant: [1.0]})[claim] == "contradicted"
+
+
+def test_report_makes_tables_and_plots(ran):
+    folder, *_ = ran
+    readme = folder / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+
+    report.main()
+
+    text = readme.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    for number in (1, 2, 3, 4):
+        assert f"### Table {number}" in text
+    for name in ("evaluations", "samplers", "time"):
+        assert f"results/tiny_cpu_{name}.png" in text
+        assert (folder / "results" / f"tiny_cpu_{name}.png").is_file()
+    # What the table says is what was measured.
+    row = next(
+        r
+        for r in run.read_results("tiny")
+        if r["kind"] == "student" and r["method"] == "progressive"
+    )
+    best = min(
+        r["frechet_distance"]
+        for r in run.read_results("tiny")
+        if r["kind"] == "curve"
+    )
+    assert f"{row['frechet_distance'] / best:.3f}" in text
