@@ -5,6 +5,7 @@ update variables in place. Everything that this difference touches is here.
 """
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -139,6 +140,35 @@ def random_state(*seeds: int) -> np.ndarray:
     words = np.random.SeedSequence([int(seed) % 2**64 for seed in seeds])
     seed = words.generate_state(1)[0] >> 1
     return np.asarray([seed, 0], "uint32" if NAME == "jax" else "int32")
+
+
+def host_random_states() -> dict[str, Any]:
+    """States of the generators outside of any model, as JSON takes them.
+
+    They are Python's, NumPy's and on PyTorch its own: from these Keras draws
+    the order in which `fit(..., shuffle=True)` takes data. (On TensorFlow the
+    order of arrays comes from within `tf.data`, which doesn't say.)
+    """
+    states = {
+        "python": random.getstate(),
+        # NumPy's old global one, which Keras draws from.
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
+    }
+    if NAME == "torch":
+        states["torch"] = torch.get_rng_state()
+    return keras.tree.map_structure(
+        lambda x: x.tolist() if hasattr(x, "tolist") else x, states
+    )
+
+
+def set_host_random_states(states: dict[str, Any]) -> None:
+    """Puts generators back to what `host_random_states` has returned."""
+    version, words, rest = states["python"]
+    random.setstate((version, tuple(words), rest))
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    if NAME == "torch" and "torch" in states:
+        words = torch.tensor(states["torch"], dtype=torch.uint8, device="cpu")
+        torch.set_rng_state(words)
 
 
 def move_towards(

@@ -1,6 +1,8 @@
 """The one file that knows which framework runs underneath."""
 
+import json
 import os
+import random
 import subprocess
 import sys
 
@@ -91,6 +93,23 @@ def test_rewound(seed):
     # What isn't named goes on.
     after = ops.convert_to_numpy(keras.random.normal((4,), seed=other))
     assert np.all(before != after)
+
+
+def test_host_random_states():
+    def draw():
+        numbers = [random.random(), random.gauss(), np.random.rand()]  # noqa: NPY002
+        if backend.NAME == "torch":
+            import torch
+
+            numbers.append(torch.rand(()).item())
+        return numbers
+
+    random.gauss()  # which keeps a second number
+    states = json.loads(json.dumps(backend.host_random_states()))
+    first = draw()
+    assert draw() != first
+    backend.set_host_random_states(states)
+    assert draw() == first
 
 
 def test_compile_inference():

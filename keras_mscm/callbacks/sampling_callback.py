@@ -1,10 +1,7 @@
 """What callbacks that draw samples every so many iterations share."""
 
 import inspect
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -163,22 +160,3 @@ class SamplingCallback(keras.callbacks.Callback):
             "batch_size": self.batch_size,
             **self.generate_with,
         }
-
-
-def write_atomically(
-    path: Path, write: Callable[[Path], Any], suffix: str
-) -> None:
-    """Writes a file that is at any time the old or the new one.
-
-    Args:
-        path: The file.
-        write: Writes to the path that it is given.
-        suffix: What that path must end in.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f".{path.name}."
-    ) as folder:
-        temporary = Path(folder, f"new{suffix}")
-        write(temporary)
-        os.replace(temporary, path)

@@ -39,6 +39,8 @@ class ImageBatches(keras.utils.PyDataset):
 
     Attributes:
         epoch: Epoch of batch 0. Set it to go on where a training stopped.
+        first_batch: Of an endless data set, the batch that a `fit` takes first
+            (0). Set it to go on where a training stopped.
         class_names: As given.
 
     Raises:
@@ -86,7 +88,7 @@ class ImageBatches(keras.utils.PyDataset):
         self.flip, self.repeat = flip, repeat
         self.drop_remainder = drop_remainder
         self.class_names = class_names
-        self.epoch = 0
+        self.epoch = self.first_batch = 0
         self._last_order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -103,6 +105,7 @@ class ImageBatches(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> Any:
         """Batch `index`: `images` or `(images, labels)`."""
+        index += self.first_batch
         begin = index * self.batch_size
         end = begin + self.batch_size
         if not self.repeat:

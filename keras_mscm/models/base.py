@@ -1,5 +1,6 @@
 """What every training algorithm here shares."""
 
+import contextlib
 import math
 import os
 import random
@@ -691,12 +692,18 @@ class DenoisingModel(keras.Model):
         elif validation_data is not None:
             validation_data = self._checked("validation_data", validation_data)
         finite_loss = FiniteLoss()
-        with backend.values_kept(self):
+        callbacks = [finite_loss, *_as_list(callbacks)]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(backend.values_kept(self))
+            # Keras tells a callback neither of the data nor of a failure.
+            for callback in callbacks:
+                if hasattr(callback, "during_fit"):
+                    stack.enter_context(callback.during_fit(self, x))
             history = super().fit(
                 x,
                 y,
                 *args,
-                callbacks=[finite_loss, *_as_list(callbacks)],
+                callbacks=callbacks,
                 validation_data=validation_data,
                 **kwargs,
             )

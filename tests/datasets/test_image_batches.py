@@ -90,6 +90,14 @@ def test_endless_batches_are_full_and_run_through_every_epoch(batch_size):
     np.testing.assert_array_equal(dataset[0][1], batches[0])
 
 
+def test_an_endless_one_goes_on_where_it_was():
+    whole, rest = (make(batch_size=4, repeat=True, flip=True) for _ in range(2))
+    rest.first_batch = 7
+    for i in range(3):
+        for ours, theirs in zip(rest[i], whole[7 + i]):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_flip_mirrors_half_of_the_images():
     images = np.zeros((1000, 2, 3, 1), "float32")
     images[:] = np.array([-1.0, 0.0, 1.0])[:, None]
