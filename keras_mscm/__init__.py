@@ -3,6 +3,7 @@
 from keras_mscm import (
     callbacks,
     datasets,
+    distribution,
     functional,
     losses,
     metrics,
@@ -30,6 +31,7 @@ __all__ = [
     "UViT",
     "callbacks",
     "datasets",
+    "distribution",
     "functional",
     "losses",
     "metrics",

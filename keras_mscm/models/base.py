@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import keras
@@ -304,12 +304,26 @@ class DenoisingModel(keras.Model):
     def _drop_labels(self, conditioning: Conditioning) -> Conditioning:
         """Leaves each example's conditioning out, or not, as a whole."""
         batch = ops.shape(next(iter(conditioning.values())))[:1]
-        draw = keras.random.uniform(batch, seed=self.seed_generator)
+        draw = self.draw_uniform(batch)
         dropped, absent = draw < self.label_dropout, self.absent(conditioning)
         return {
             name: ops.where(process.expand(dropped, value), absent[name], value)
             for name, value in conditioning.items()
         }
+
+    def draw_normal(self, shape: Sequence) -> Tensor:
+        """Standard normal numbers for a batch, by the model's seed.
+
+        They depend on the example, and not on how many devices share the batch.
+
+        Args:
+            shape: Shape of the numbers, `(batch, ...)`.
+        """
+        return backend.draw(keras.random.normal, shape, self.seed_generator)
+
+    def draw_uniform(self, shape: Sequence) -> Tensor:
+        """Numbers uniform in [0, 1), as `draw_normal` draws."""
+        return backend.draw(keras.random.uniform, shape, self.seed_generator)
 
     def _after_update(self, before: Tensor, batch: Tensor) -> None:
         # 0 for all but the last of the batches of a gradient accumulation.
@@ -321,7 +335,9 @@ class DenoisingModel(keras.Model):
             optimizer = getattr(
                 self.optimizer, "inner_optimizer", self.optimizer
             )  # within one that scales the loss
-            images = batch * (optimizer.gradient_accumulation_steps or 1)
+            _, replicas = backend.replica()
+            batches = replicas * (optimizer.gradient_accumulation_steps or 1)
+            images = batch * batches
             half_lives = ops.cast(images, "float32") / self.ema_half_life
             decay = ops.power(0.5, half_lives)
         decay = ops.minimum(decay, (1.0 + i) / (10.0 + i))
@@ -501,6 +517,8 @@ class DenoisingModel(keras.Model):
                 inputs = network, z, logsnr, conditioning, scale
                 return self.denoise_guided(*inputs)[0]
 
+            noise, conditioning = backend.divided((noise, conditioning))
+
             images = sampler(denoise, noise, schedule, num_steps, seed)
             return ops.clip(images, -1.0, 1.0)
 
@@ -649,6 +667,7 @@ class DenoisingModel(keras.Model):
         x: Any = None,
         y: Any = None,
         *args: Any,
+        checks.check_distribution(self)
         callbacks: Any = None,
         validation_data: Any = None,
         **kwargs: Any,
@@ -687,6 +706,9 @@ class DenoisingModel(keras.Model):
                     "`validation_data` must be images, (images, labels), "
                     "(images, labels, sample_weight) or a stream of these. "
                     f"Received: {len(validation_data)} parts"
+        batch_size = args[0] if args else kwargs.get("batch_size")
+        share = 1 - kwargs.get("validation_split", 0.0)
+        checks.check_shares("x", x, share, batch_size, backend.shares(self))
                 )
             self._checked("validation_data", *validation_data)
         elif validation_data is not None:
@@ -723,6 +745,8 @@ class DenoisingModel(keras.Model):
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts `x`, as `keras.Model.predict`; inputs as for `call`."""
         with backend.values_kept(self):
+            batch_size = args[0] if args else kwargs.get("batch_size")
+            checks.check_shares("x", x, 1, batch_size, backend.shares(self))
             return super().predict(x, *args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:

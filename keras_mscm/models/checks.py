@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mscm import backend
+
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `allowed`."""
@@ -280,3 +282,55 @@ def check_data(
         raise ValueError(f"`{name}` is empty. Received: no batch")
     check_batch(name, batch, image_shape, num_classes, context_width)
     return x
+
+
+def check_distribution(model: keras.Model) -> None:
+    """Raises if Keras would accept its distribution and not distribute."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return
+    received = f"Received: {type(distribution).__name__}"
+    if backend.NAME != "jax":
+        instead = {
+            "tensorflow": "make and compile the model within the scope of a "
+            "`tf.distribute.MirroredStrategy`",
+            "torch": "use JAX, or TensorFlow with `tf.distribute`",
+        }
+        raise ValueError(
+            "`keras.distribution` must not be set on the backend "
+            f"{backend.NAME!r}: Keras accepts it there and distributes "
+            f"nothing. Instead, {instead[backend.NAME]}. {received}"
+        )
+    for variable in [*model.variables, *model.optimizer.variables]:
+        if not backend.lies_on(variable, distribution):
+            raise ValueError(
+                "`keras.distribution.set_distribution` must be called before "
+                "networks, models and optimizers are made. "
+                f"{received}, and {variable.path!r} on other devices"
+            )
+
+
+def check_shares(
+    name: str, x: Any, part: float, batch_size: int | None, shares: int
+) -> None:
+    """Raises unless arrays make batches that divide among devices.
+
+    Args:
+        name: What to call the data in a message.
+        x: Data as for `fit`; of a stream nothing is known here.
+        part: Part of the data that is used.
+        batch_size: Batch size; None for Keras' default.
+        shares: Number of shares of each batch.
+    """
+    if not hasattr(x, "shape"):
+        return
+    num, batch_size = math.floor(x.shape[0] * part), batch_size or 32
+    first, last = min(num, batch_size), num % batch_size
+    # TensorFlow divides a smaller last batch unevenly; JAX doesn't.
+    if first % shares or (backend.NAME == "jax" and last % shares):
+        raise ValueError(
+            f"`batch_size` must be a multiple of {shares}, the shares in which "
+            f"devices take a batch, as must be what `{name}` leaves for the "
+            f"last batch. Received: batch_size={batch_size}, {num} images, "
+            f"{last} in the last batch"
+        )

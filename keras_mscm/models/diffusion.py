@@ -66,8 +66,8 @@ class DiffusionModel(DenoisingModel):
         self, images: Tensor, conditioning: Conditioning, training: bool
     ) -> Example:
         x = images
-        t = keras.random.uniform(ops.shape(x)[:1], seed=self.seed_generator)
-        epsilon = keras.random.normal(ops.shape(x), seed=self.seed_generator)
+        t = self.draw_uniform(ops.shape(x)[:1])
+        epsilon = self.draw_normal(ops.shape(x))
         logsnr = self.schedule(t)
         z_t = F.add_noise(x, epsilon, logsnr)
         inputs = {"z": z_t, "logsnr": logsnr, **conditioning}
@@ -174,6 +174,9 @@ class DiffusionModel(DenoisingModel):
         levels = _level_logsnr()
 
         def squared_error(images, epsilon, conditioning, logsnr):
+            images, epsilon, conditioning = backend.divided(
+                (images, epsilon, conditioning)
+            )
             logsnr = ops.broadcast_to(logsnr, ops.shape(images)[:1])
             z = F.add_noise(images, epsilon, logsnr)
             x = self.denoise(self.ema_network, z, logsnr, conditioning)

@@ -157,17 +157,13 @@ class MultistepConsistencyModel(StudentModel):
     def training_example(
         self, images: Tensor, conditioning: Conditioning, training: bool
     ) -> Example:
-        x, seed, batch = images, self.seed_generator, ops.shape(images)[:1]
-        epsilon = keras.random.normal(ops.shape(x), seed=seed)
+        x, batch = images, ops.shape(images)[:1]
+        epsilon = self.draw_normal(ops.shape(x))
 
         # A teacher step t -> s in one of the segments, which ends at t_step.
         per_segment = self.steps_per_segment()
-        step = ops.floor(
-            keras.random.uniform(batch, 0, self.student_steps, seed=seed)
-        )
-        n_rel = 1 + ops.floor(
-            keras.random.uniform(batch, seed=seed) * per_segment
-        )
+        step = ops.floor(self.draw_uniform(batch) * self.student_steps)
+        n_rel = 1 + ops.floor(self.draw_uniform(batch) * per_segment)
         times = F.segment_times(step, n_rel, self.student_steps, per_segment)
         logsnr_t, logsnr_s, logsnr_step = map(self.schedule, times)
 

@@ -126,12 +126,12 @@ class ProgressiveDistillationModel(StudentModel):
     def training_example(
         self, images: Tensor, conditioning: Conditioning, training: bool
     ) -> Example:
-        x, seed, batch = images, self.seed_generator, ops.shape(images)[:1]
-        epsilon = keras.random.normal(ops.shape(x), seed=seed)
+        x, batch = images, ops.shape(images)[:1]
+        epsilon = self.draw_normal(ops.shape(x))
 
         # A student's step from t to t_step, the teacher's two by way of s.
         steps = self.stage_steps()
-        i = 1 + ops.floor(keras.random.uniform(batch, seed=seed) * steps)
+        i = 1 + ops.floor(self.draw_uniform(batch) * steps)
         times = i / steps, (i - 0.5) / steps, (i - 1) / steps
         logsnr_t, logsnr_s, logsnr_step = map(self.schedule, times)
 

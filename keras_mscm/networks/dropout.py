@@ -37,15 +37,22 @@ class Dropout(keras.layers.Dropout):
         if not training or not self.rate:
             return inputs
         state = self.seed_generator.next()
-        keep = _keep(inputs, ops.cast(state, "int32"), self.rate)
+        state, first = ops.cast(state, "int32"), _first_example(inputs)
+        keep = _keep(inputs, state, first, self.rate)
         return ops.where(keep, inputs / (1 - self.rate), 0)
 
 
+def _first_example(x: Tensor) -> Tensor:
+    """Where a share begins in the batch of which replicas have one each."""
+    index, _ = backend.replica()
+    return ops.cast(index * ops.shape(x)[0], "int32")
+
+
 @backend.fused
-def _keep(x: Tensor, state: Tensor, rate: float) -> Tensor:
+def _keep(x: Tensor, state: Tensor, first: Tensor, rate: float) -> Tensor:
     """True with probability `1 - rate`, of the shape of `x`."""
     seed, count = ops.unstack(state)
-    example = ops.arange(ops.shape(x)[0], dtype="int32")
+    example = first + ops.arange(ops.shape(x)[0], dtype="int32")
     place = ops.arange(math.prod(x.shape[1:]), dtype="int32")
     key = _hash(example + _hash(seed + _hash(count)))
     bits = _hash(ops.bitwise_xor(place, key[:, None]))
