@@ -28,6 +28,17 @@ else:
     )
 
 
+def process() -> tuple[int, int]:
+    """Number of this process, from 0, and how many train one model.
+
+    On JAX, after `keras.distribution.initialize`. TensorFlow's workers share
+    out a `tf.data.Dataset` by themselves, so each counts as the only one.
+    """
+    if NAME == "jax" and jax.distributed.is_initialized():
+        return jax.process_index(), jax.process_count()
+    return 0, 1
+
+
 def run_with_state(
     function: Callable[[], Any], model: keras.Model, state: Sequence
 ) -> tuple[Any, list]:
@@ -330,6 +341,27 @@ def compile_inference(
             return function(*_as_tensors(args))
 
     return eager
+
+
+def dot_product_attention(
+    query: Any, key: Any, value: Any, mask: Any = None
+) -> Any:
+    """`keras.ops.dot_product_attention`, in float16 too.
+
+    In float16 JAX asks for a product that adds up in float32, which XLA has
+    for GPUs only; on a CPU or TPU that fails when the step is compiled, too
+    late for the other ways that JAX and Keras would try. There it is computed
+    in float32.
+    """
+    attention = ops.dot_product_attention
+    if (
+        NAME != "jax"
+        or query.dtype != "float16"
+        or jax.default_backend() == "gpu"
+    ):
+        return attention(query, key, value, mask=mask)
+    exact = [ops.cast(x, "float32") for x in (query, key, value)]
+    return ops.cast(attention(*exact, mask=mask), "float16")
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:

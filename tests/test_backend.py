@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 
@@ -29,6 +30,38 @@ class Counter(keras.Model):
 
 def number(tensor):
     return float(ops.convert_to_numpy(tensor))
+
+
+def test_process():
+    assert backend.process() == (0, 1)
+
+
+TWO_PROCESSES = """if True:
+    import sys
+    import keras
+    from keras_mscm import backend
+    assert backend.process() == (0, 1)
+    keras.distribution.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    print(*backend.process())
+"""
+
+
+@pytest.mark.skipif(backend.NAME != "jax", reason="JAX has processes")
+def test_process_of_two():
+    """And asking before they know of each other gets in nobody's way."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(i)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    told = [run.communicate(timeout=120)[0].split() for run in runs]
+    assert told == [["0", "2"], ["1", "2"]]
 
 
 def test_run_with_state():
@@ -128,6 +161,30 @@ def test_compile_inference():
     got = ops.convert_to_numpy(run(x, np.float32(0)))
     np.testing.assert_allclose(got, [0, 3, 6])
     assert len(traces) == (2 if backend.NAME == "torch" else 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_attention_in_every_precision(dtype):
+    """Against NumPy, and compiled: that is where JAX fails."""
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((3, 2, 5, 3, 4), "float32")
+    mask = rng.random((2, 1, 1, 5)) < 0.7
+    logits = np.einsum("bqhd,bkhd->bhqk", query, key) / 2
+    weights = np.exp(np.where(mask, logits, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    def attend(query, key, value, mask):
+        halves = (ops.cast(x, dtype) for x in (query, key, value))
+        attended = backend.dot_product_attention(*halves, mask=mask)
+        assert keras.backend.standardize_dtype(attended.dtype) == dtype
+        return ops.cast(attended, "float32")
+
+    got = backend.compile_inference(attend, [])(query, key, value, mask)
+    tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}[dtype]
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(got), expected, atol=tolerance
+    )
 
 
 def test_values_kept():

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
 
 
@@ -135,7 +136,7 @@ class CrossAttention(keras.layers.Layer):
             self.query(maps),
             (-1, height * width, self.num_heads, self.head_width),
         )
-        attended = ops.dot_product_attention(
+        attended = backend.dot_product_attention(
             self.norm_query(query),
             ops.rms_normalization(key),
             value,

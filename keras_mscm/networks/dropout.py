@@ -19,7 +19,13 @@ class Dropout(keras.layers.Dropout):
     numbers is much dearer on a CPU. An example's mask depends neither on the
     backend, nor on the other examples, nor on how many devices share them.
 
-    Arguments, call arguments and returns as of `keras.layers.Dropout`.
+    Arguments and returns are those of `keras.layers.Dropout`.
+
+    Call arguments:
+        inputs: Tensor, `(batch, ...)`.
+        training: Whether to drop.
+        state: What `draw` has returned: calls with the same one drop the same.
+            By default each call draws one.
 
     Example:
 
@@ -33,12 +39,26 @@ class Dropout(keras.layers.Dropout):
         Prospector*, 2018 to 2022.
     """
 
-    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+    def draw(self) -> Tensor | None:
+        """What the next mask is a hash of; None at rate 0.
+
+        Returns:
+            Seed and number of calls, int32, `(2,)`. One more call is counted.
+        """
+        if not self.rate:
+            return None
+        return ops.cast(self.seed_generator.next(), "int32")
+
+    def call(
+        self,
+        inputs: Tensor,
+        training: bool = False,
+        state: Tensor | None = None,
+    ) -> Tensor:
         if not training or not self.rate:
             return inputs
-        state = self.seed_generator.next()
-        state, first = ops.cast(state, "int32"), _first_example(inputs)
-        keep = _keep(inputs, state, first, self.rate)
+        state = self.draw() if state is None else state
+        keep = _keep(inputs, state, _first_example(inputs), self.rate)
         return ops.where(keep, inputs / (1 - self.rate), 0)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.context import CrossAttention
 from keras_mscm.networks.dropout import Dropout
@@ -70,6 +71,8 @@ class ResNetBlock(keras.layers.Layer):
     Args:
         dropout: Dropout rate before the second convolution, in [0, 1).
         seed: Seed of the dropout.
+        remat: Whether training keeps only what goes into the block, and
+            computes it once more for the gradient.
         **kwargs: As for any Keras layer.
 
     Call arguments:
@@ -82,10 +85,14 @@ class ResNetBlock(keras.layers.Layer):
     """
 
     def __init__(
-        self, dropout: float = 0.0, seed: int | None = None, **kwargs: Any
+        self,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        remat: bool = False,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.dropout_rate, self.seed = dropout, seed
+        self.dropout_rate, self.seed, self.remat = dropout, seed, remat
 
     def build(self, input_shape: tuple) -> None:
         maps, embedding = input_shape
@@ -124,12 +131,19 @@ class ResNetBlock(keras.layers.Layer):
     def call(
         self, inputs: tuple[Tensor, Tensor], training: bool | None = None
     ) -> Tensor:
-        x, embedding = inputs
-        h = self.conv_1(ops.silu(self.norm_1(x)))
-        modulation = self.modulation(ops.silu(embedding))[:, None, None]
-        scale, shift = ops.split(modulation, 2, axis=-1)
-        h = ops.silu(self.norm_2(h) * (1 + scale) + shift)
-        return x + self.conv_2(self.dropout(h, training=training))
+        # Drawn outside: a block that is computed again must drop the same.
+        state = self.dropout.draw() if training else None
+
+        def block(x, embedding):
+            h = self.conv_1(ops.silu(self.norm_1(x)))
+            modulation = self.modulation(ops.silu(embedding))[:, None, None]
+            scale, shift = ops.split(modulation, 2, axis=-1)
+            h = ops.silu(self.norm_2(h) * (1 + scale) + shift)
+            h = self.dropout(h, training=training, state=state)
+            return x + self.conv_2(h)
+
+        run = keras.remat(block) if self.remat and training else block
+        return run(*inputs)
 
     def flops(self, height: int, width: int) -> int:
         """Of one image of `height` x `width` places.
@@ -142,8 +156,12 @@ class ResNetBlock(keras.layers.Layer):
         return 2 * (2 * kernels + modulation)
 
     def get_config(self) -> dict[str, Any]:
-        config = {"dropout": self.dropout_rate, "seed": self.seed}
-        return {**super().get_config(), **config}
+        return {
+            **super().get_config(),
+            "dropout": self.dropout_rate,
+            "seed": self.seed,
+            "remat": self.remat,
+        }
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -153,11 +171,16 @@ class TransformerBlock(keras.layers.Layer):
     Queries and keys are normalised per head (Dehghani et al., 2023). Given a
     context, the block attends to that in between.
 
+    Keras picks a fused kernel for the attention where the backend has one:
+    cuDNN's on NVIDIA's GPUs from Ampere on (JAX, in half precision), whichever
+    PyTorch has for the device. There is none on TensorFlow.
+
     Args:
         head_width: Width of an attention head; must divide the channels.
         mlp_ratio: Width of the hidden layer over the channels.
         dropout: Dropout rate on the hidden layer, in [0, 1).
         seed: Seed of the dropout.
+        remat: As in `ResNetBlock`.
         **kwargs: As for any Keras layer.
 
     Call arguments:
@@ -177,11 +200,12 @@ class TransformerBlock(keras.layers.Layer):
         mlp_ratio: int = 4,
         dropout: float = 0.0,
         seed: int | None = None,
+        remat: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.head_width, self.mlp_ratio = head_width, mlp_ratio
-        self.dropout_rate, self.seed = dropout, seed
+        self.dropout_rate, self.seed, self.remat = dropout, seed, remat
 
     def build(self, input_shape: tuple) -> None:
         maps, embedding, *context = input_shape
@@ -232,7 +256,7 @@ class TransformerBlock(keras.layers.Layer):
             ops.reshape(part, heads)
             for part in ops.split(self.query_key_value(maps), 3, axis=-1)
         )
-        attended = ops.dot_product_attention(
+        attended = backend.dot_product_attention(
             self.norm_query(query), ops.rms_normalization(key), value
         )
         attended = ops.reshape(attended, (-1, height, width, channels))
@@ -242,14 +266,24 @@ class TransformerBlock(keras.layers.Layer):
         self, inputs: tuple[Tensor, ...], training: bool | None = None
     ) -> Tensor:
         x, embedding, *context = inputs
-        x = x + self._attention(ops.rms_normalization(x))
-        if self.cross_attention:
-            x = x + self.cross_attention((ops.rms_normalization(x), *context))
-        h = ops.silu(self.mlp_hidden(ops.rms_normalization(x)))
-        modulation = self.modulation(ops.silu(embedding))[:, None, None]
-        scale, shift = ops.split(modulation, 2, axis=-1)
-        h = self.dropout(h * (1 + scale) + shift, training=training)
-        return x + self.mlp_output(h)
+        # Outside, as in `ResNetBlock`; and the mask, which has no gradient.
+        state = self.dropout.draw() if training else None
+        tokens, mask = context[:1], context[1:]
+
+        def block(x, embedding, *tokens):
+            x = x + self._attention(ops.rms_normalization(x))
+            if self.cross_attention:
+                normed = ops.rms_normalization(x)
+                x = x + self.cross_attention((normed, *tokens, *mask))
+            h = ops.silu(self.mlp_hidden(ops.rms_normalization(x)))
+            modulation = self.modulation(ops.silu(embedding))[:, None, None]
+            scale, shift = ops.split(modulation, 2, axis=-1)
+            h = h * (1 + scale) + shift
+            h = self.dropout(h, training=training, state=state)
+            return x + self.mlp_output(h)
+
+        run = keras.remat(block) if self.remat and training else block
+        return run(x, embedding, *tokens)
 
     def flops(self, height: int, width: int, length: int = 0) -> int:
         """Of one image of `height` x `width` places, `length` tokens beside."""
@@ -269,6 +303,7 @@ class TransformerBlock(keras.layers.Layer):
             "mlp_ratio": self.mlp_ratio,
             "dropout": self.dropout_rate,
             "seed": self.seed,
+            "remat": self.remat,
         }
 
 

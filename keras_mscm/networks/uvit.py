@@ -60,6 +60,11 @@ class UViT(keras.Model):
         embedding_width: Width of the conditioning.
         dropout: Dropout rate of each stage, in [0, 1); or one for all.
         seed: Seed of the dropout. None draws one.
+        remat: For each stage, whether training keeps only what goes into its
+            blocks, and computes each once more for the gradient
+            (rematerialisation, Chen et al., 2016): less memory, for up to a
+            third more time; or one value for all. Weights are the same either
+            way.
         **kwargs: As for any Keras model.
 
     Call arguments:
@@ -117,6 +122,7 @@ class UViT(keras.Model):
         embedding_width: int = 1024,
         dropout: float | Sequence[float] = 0.0,
         seed: int | None = None,
+        remat: bool | Sequence[bool] = False,
         **kwargs: Any,
     ):
         # Each layer casts for itself: the log-SNR stays float32 until it is
@@ -128,6 +134,7 @@ class UViT(keras.Model):
         _per_stage("depths", self.depths, stages)
         self.attention = _per_stage("attention", attention, stages)
         self.dropout = _per_stage("dropout", dropout, stages)
+        self.remat = _per_stage("remat", remat, stages)
         self.num_classes, self.patch_size = num_classes, patch_size
         self.context_width = context_width
         self.head_width, self.mlp_ratio = head_width, mlp_ratio
@@ -165,7 +172,11 @@ class UViT(keras.Model):
         )
 
         def blocks(stage, way):
-            common = dict(dropout=self.dropout[stage], dtype=self.dtype_policy)
+            common = dict(
+                dropout=self.dropout[stage],
+                remat=self.remat[stage],
+                dtype=self.dtype_policy,
+            )
             for i in range(self.depths[stage]):
                 common["seed"], name = int(next(seeds)), f"{way}_{stage}_{i}"
                 if self.attention[stage]:
@@ -209,6 +220,11 @@ class UViT(keras.Model):
                 f"The sides of `image_shape` must be multiples of {multiple} "
                 "(`patch_size` times 2 per pooling). Received: "
                 f"image_shape={self.image_shape}"
+            )
+        if not all(isinstance(remat, bool) for remat in self.remat):
+            raise ValueError(
+                "`remat` must be True or False, or one of these per stage. "
+                f"Received: remat={self.remat}"
             )
         for width, attends in zip(self.widths, self.attention):
             if attends and width % self.head_width:
@@ -405,6 +421,7 @@ class UViT(keras.Model):
             "embedding_width": self.embedding_width,
             "dropout": self.dropout,
             "seed": self.seed,
+            "remat": self.remat,
         }
 
 

@@ -90,6 +90,21 @@ def test_an_example_keeps_its_mask_in_a_larger_batch():
     np.testing.assert_array_equal(small, large[:2])
 
 
+def test_the_same_draw_drops_the_same():
+    layer, x = Dropout(0.5, seed=7), ops.ones((2, 50))
+    state = layer.draw()
+    np.testing.assert_array_equal(ops.convert_to_numpy(state), [7, 0])
+    for _ in range(2):
+        output = layer(x, training=True, state=state)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(output) != 0, expected_mask(7, 0, (2, 50), 0.5)
+        )
+    # And counts once.
+    second = expected_mask(7, 1, (2, 50), 0.5)
+    np.testing.assert_array_equal(dropped(layer, (2, 50)), ~second)
+    assert Dropout(0.0).draw() is None
+
+
 def test_gradient_is_the_mask():
     """In a compiled step with a batch of unknown size."""
     model = keras.Sequential([keras.Input((50,)), Dropout(0.5, seed=7)])

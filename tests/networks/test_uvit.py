@@ -21,6 +21,7 @@ SHAPES = {
         "patch_size": 2,
         "num_classes": 3,
         "dropout": (0.0, 0.1, 0.2),
+        "remat": (True, False, True),
     },
     "context": {
         "widths": (40, 32),
@@ -389,6 +390,66 @@ def test_dropout_is_per_stage_and_its_seeds_are_all_different(tiny_uvit):
     assert np.diff(np.sort(seeds)).min() > 100_000
 
 
+def trained(network, steps=2):
+    """A network's variables after some steps of gradient descent."""
+    network.compile(keras.optimizers.SGD(0.3), "mse")
+    inputs = inputs_for(network)
+    for _ in range(steps):
+        network.train_on_batch(inputs, ops.flip(inputs["z"], 1))
+    return [ops.convert_to_numpy(variable) for variable in network.variables]
+
+
+def test_rematerialisation_changes_no_gradient(tiny_uvit):
+    config = {**SHAPES["context"], "dropout": 0.3}
+    without, network = (tiny_uvit(**config, remat=on) for on in (False, True))
+    network.set_weights(without.get_weights())
+    start = [ops.convert_to_numpy(v) + 0 for v in without.variables]
+    expected, got, moved = trained(without), trained(network), 0
+    paths = [variable.path for variable in network.variables]
+    for path, before, one, other in zip(paths, start, expected, got):
+        # Also the states of the seeds: each counts its calls once.
+        np.testing.assert_allclose(
+            other, one, rtol=1e-4, atol=1e-5, err_msg=path
+        )
+        moved += np.abs(one - before).max() > 1e-3
+    assert moved > len(start) / 2
+
+
+def test_what_is_rematerialised_is_computed_twice(tiny_uvit, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        keras, "remat", lambda block: asked.append(block) or block
+    )
+    config = {**SHAPES["all"], "remat": (False, True, False)}
+    network = tiny_uvit(**config)
+    symbolic = {
+        name: keras.KerasTensor(value.shape, value.dtype)
+        for name, value in inputs_for(network).items()
+    }
+    network(symbolic)
+    assert len(asked) == 0  # nothing is kept for a gradient anyway
+    network(symbolic, training=True)
+    assert len(asked) == 2  # the stage's block on the way down, and up
+
+
+def test_weights_are_the_same_with_rematerialisation(tiny_uvit, tmp_path):
+    without = tiny_uvit(**SHAPES["context"])
+    network = UViT.from_config({**without.get_config(), "remat": True})
+    inputs, path = inputs_for(without), tmp_path / "network.weights.h5"
+    without.save_weights(path)
+    network.load_weights(path)
+    expected = outputs(without, inputs)
+    np.testing.assert_array_equal(outputs(network, inputs), expected)
+    network.save_weights(path)
+    again = UViT.from_config(without.get_config())
+    again.load_weights(path)
+    np.testing.assert_array_equal(outputs(again, inputs), expected)
+    without.save_to_preset(tmp_path / "preset")
+    network = UViT.from_preset(tmp_path / "preset", remat=True)
+    assert network.remat == (True,) * len(network.widths)
+    np.testing.assert_array_equal(outputs(network, inputs), expected)
+
+
 @every_shape
 def test_saved_and_loaded(tiny_uvit, config, tmp_path):
     network = tiny_uvit(**config)
@@ -467,6 +528,8 @@ def test_flops_are_xlas(context_width):
         ({"depths": (1, 2)}, "`depths` must have one entry per stage"),
         ({"attention": (True, False)}, "`attention` must have one entry"),
         ({"dropout": (0.1, 0.1)}, "`dropout` must have one entry"),
+        ({"remat": (True, False)}, "`remat` must have one entry"),
+        ({"remat": "full"}, "`remat` must be True or False"),
     ],
 )
 def test_bad_arguments(tiny_uvit, config, message):
