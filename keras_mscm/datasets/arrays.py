@@ -29,8 +29,8 @@ def from_arrays(
         batch_size: Images per batch.
         image_size: Pixels of a side; uint8 images are cropped and resized to
             it at once, by the rule of `from_folder`. None leaves them.
-        **kwargs: `shuffle`, `seed`, `flip`, `repeat`, `drop_remainder` and
-            `class_names`, as for `ImageBatches`.
+        **kwargs: `shuffle`, `seed`, `flip`, `repeat`, `drop_remainder`,
+            `class_names` and `shard`, as for `ImageBatches`.
 
     Returns:
         A `PyDataset` of float32 images in [-1, 1], and int32 labels.

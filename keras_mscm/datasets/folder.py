@@ -45,8 +45,8 @@ def from_folder(
         labels: Whether the subfolders are classes.
         channels: 3 (RGB) or 1 (grey).
         workers: Threads that read a batch.
-        **kwargs: `shuffle`, `seed`, `flip`, `repeat` and `drop_remainder`, as
-            for `ImageBatches`.
+        **kwargs: `shuffle`, `seed`, `flip`, `repeat`, `drop_remainder` and
+            `shard`, as for `ImageBatches`.
 
     Returns:
         A `PyDataset` of float32 images in [-1, 1], and int32 labels unless

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mscm import backend
 from keras_mscm.models.checks import check_positive_integer
 
 
@@ -36,6 +37,12 @@ class ImageBatches(keras.utils.PyDataset):
         drop_remainder: Whether to leave out a last, smaller batch. One that is
             kept costs `fit` one more trace. Of no effect with `repeat`.
         class_names: Names of the classes, for whoever asks; None if unknown.
+        shard: Which part of each epoch to give, and of how many parts: `(index,
+            count)`, index from 0. Parts are of one size; up to `count - 1`
+            images of an epoch are in none. With the same seed, no two parts
+            share an image. None gives each of JAX's processes a part of its
+            own, all of it where there is one process. (Where there are more,
+            Keras asks for `distribution.auto_shard_dataset = False`.)
 
     Attributes:
         epoch: Epoch of batch 0. Set it to go on where a training stopped.
@@ -53,6 +60,19 @@ class ImageBatches(keras.utils.PyDataset):
     >>> batches = ImageBatches(lambda i: images[i], 10, batch_size=4)
     >>> [batch.shape for batch in batches]
     [(4, 8, 8, 3), (4, 8, 8, 3), (2, 8, 8, 3)]
+
+    A batch is read when it's due. Grain (`pip install "keras-mscm[grain]"`)
+    has threads read ahead, while the model trains:
+
+    >>> import grain
+    >>> batches = ImageBatches(
+    ...     lambda i: images[i], 10, batch_size=4, repeat=True
+    ... )
+    >>> ahead = grain.MapDataset.range(1000).map(batches.__getitem__)
+    >>> ahead = ahead.to_iter_dataset(
+    ...     grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+    ... )
+    >>> # model.fit(ahead, epochs=10, steps_per_epoch=100)
     """
 
     def __init__(
@@ -68,6 +88,7 @@ class ImageBatches(keras.utils.PyDataset):
         repeat: bool = False,
         drop_remainder: bool = False,
         class_names: list[str] | None = None,
+        shard: tuple[int, int] | None = None,
     ):
         # Keras' own workers are not offered: what they have read before `fit`
         # begins is handed out again in the first epoch.
@@ -75,11 +96,18 @@ class ImageBatches(keras.utils.PyDataset):
         check_positive_integer("num_images", num_images)
         check_positive_integer("batch_size", batch_size)
         check_seed(seed)
-        if drop_remainder and not repeat and num_images < batch_size:
+        self.shard = as_shard(shard)
+        self.shard_size = num_images // self.shard[1]
+        if self.shard_size == 0:
+            raise ValueError(
+                "`shard` must be of at most as many parts as there are images, "
+                f"{num_images}. Received: shard={self.shard}"
+            )
+        if drop_remainder and not repeat and self.shard_size < batch_size:
             raise ValueError(
                 "`batch_size` must be at most the number of images, "
-                f"{num_images}, with drop_remainder=True: there is no batch. "
-                f"Received: batch_size={batch_size}"
+                f"{self.shard_size}, with drop_remainder=True: there is no "
+                f"batch. Received: batch_size={batch_size}"
             )
         self.read, self.num_images = read, num_images
         self.labels = None if labels is None else _as_labels(labels, num_images)
@@ -96,7 +124,7 @@ class ImageBatches(keras.utils.PyDataset):
         """Batches per epoch, or None if there is no end."""
         if self.repeat:
             return None
-        whole, rest = divmod(self.num_images, self.batch_size)
+        whole, rest = divmod(self.shard_size, self.batch_size)
         return whole + bool(rest and not self.drop_remainder)
 
     def on_epoch_end(self) -> None:
@@ -109,8 +137,8 @@ class ImageBatches(keras.utils.PyDataset):
         begin = index * self.batch_size
         end = begin + self.batch_size
         if not self.repeat:
-            end = min(end, self.num_images)
-        epochs, places = np.divmod(np.arange(begin, end), self.num_images)
+            end = min(end, self.shard_size)
+        epochs, places = np.divmod(np.arange(begin, end), self.shard_size)
         chosen = np.concatenate(
             [
                 self._order(self.epoch + int(epoch))[places[epochs == epoch]]
@@ -120,19 +148,23 @@ class ImageBatches(keras.utils.PyDataset):
         images = as_floats(self.read(chosen))
         if self.flip:
             # From 1: with a 0 at its end it would be the seed of the order.
-            rng = np.random.default_rng([self.seed, self.epoch, 1 + index])
+            part, parts = self.shard
+            number = 1 + part + parts * index
+            rng = np.random.default_rng([self.seed, self.epoch, number])
             mirrored = rng.random((len(chosen), 1, 1, 1)) < 0.5
             images = np.where(mirrored, images[:, :, ::-1], images)
         return images if self.labels is None else (images, self.labels[chosen])
 
     def _order(self, epoch: int) -> np.ndarray:
+        part, parts = self.shard
         if not self.shuffle:
-            return np.arange(self.num_images)
+            return np.arange(part, self.shard_size * parts, parts)
         # Kept, since a million images take longer to shuffle than a batch to
         # read; in one assignment, since threads may ask for batches.
         if self._last_order is None or self._last_order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._last_order = epoch, rng.permutation(self.num_images)
+            order = rng.permutation(self.num_images)
+            self._last_order = epoch, order[part::parts][: self.shard_size]
         return self._last_order[1]
 
 
@@ -151,6 +183,21 @@ def check_seed(seed: Any) -> None:
             "`seed` must be an integer of at least 0, or None. Received: "
             f"seed={seed!r}"
         )
+
+
+def as_shard(shard: Any) -> tuple[int, int]:
+    """`shard`, by default this process' own; raises unless it is a part."""
+    if shard is None:
+        return backend.process()
+    integers = isinstance(shard, (list, tuple)) and all(
+        isinstance(number, (int, np.integer)) for number in shard
+    )
+    if not integers or len(shard) != 2 or not 0 <= shard[0] < shard[1]:
+        raise ValueError(
+            "`shard` must be (index, count), integers with 0 <= index < count, "
+            f"or None. Received: shard={shard!r}"
+        )
+    return tuple(shard)
 
 
 def _as_labels(labels: Any, num_images: int) -> np.ndarray:

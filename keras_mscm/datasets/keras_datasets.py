@@ -30,8 +30,8 @@ def from_keras(
             `"cifar100"` (32x32, three channels).
         split: `"train"` or `"test"`.
         batch_size: Images per batch.
-        **kwargs: `image_size`, `shuffle`, `seed`, `flip`, `repeat` and
-            `drop_remainder`, as for `from_arrays`.
+        **kwargs: `image_size`, `shuffle`, `seed`, `flip`, `repeat`,
+            `drop_remainder` and `shard`, as for `from_arrays`.
 
     Returns:
         A `PyDataset` of float32 images in [-1, 1], and int32 labels.

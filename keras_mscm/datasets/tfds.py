@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_mscm.datasets.image_batches import check_seed
+from keras_mscm.datasets.image_batches import as_shard, check_seed
 from keras_mscm.datasets.resizing import center_square, pillow
 from keras_mscm.models.checks import check_positive_integer
 
@@ -26,6 +26,7 @@ def from_tfds(
     cache: bool | str = False,
     image_key: str = "image",
     label_key: str = "label",
+    shard: tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Batches of a data set of TensorFlow Datasets; a `tf.data.Dataset`.
@@ -54,6 +55,10 @@ def from_tfds(
             them in.
         image_key: The feature that is the image: uint8, 1 or 3 channels.
         label_key: The feature that is the label.
+        shard: Which part of the split to give, and of how many parts: `(index,
+            count)`, index from 0. Parts are of one size, and no two share an
+            image; a part's files are all that is read. None gives each of JAX's
+            processes a part of its own, all of it where there is one process.
         **kwargs: As for `tfds.load`: `data_dir`, `download`, `decoders`, ...
 
     Returns:
@@ -61,8 +66,8 @@ def from_tfds(
         unless `labels=False`.
 
     Raises:
-        ValueError: If the data set has no such features, or an argument is out
-            of its range.
+        ValueError: If the data set has no such features, an argument is out of
+            its range, or Keras would share out a part once more.
         ImportError: If TensorFlow Datasets, TensorFlow or Pillow isn't
             installed.
 
@@ -85,7 +90,12 @@ def from_tfds(
     if image_size is not None:
         check_positive_integer("image_size", image_size)
         pillow()  # if it is missing, say so now
+    index, count = as_shard(shard)
+    if count > 1:
+        _check_not_shared_out((index, count))
     tf, tfds = _tensorflow()
+    if count > 1:
+        split = tfds.even_splits(split, n=count, drop_remainder=True)[index]
     dataset = tfds.load(
         name,
         split=split,
@@ -132,7 +142,24 @@ def from_tfds(
         dataset = tf.data.Dataset.zip(dataset, numbers)
         dataset = dataset.map(mirror, tf.data.AUTOTUNE)
     dataset = dataset.batch(batch_size, drop_remainder)
+    if count > 1:  # TensorFlow's workers are not to take a part of the part
+        options = tf.data.Options()
+        off = tf.data.experimental.AutoShardPolicy.OFF
+        options.experimental_distribute.auto_shard_policy = off
+        dataset = dataset.with_options(options)
     return dataset.map(in_range, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+
+def _check_not_shared_out(shard: tuple[int, int]) -> None:
+    """Raises if Keras would give each process a part of its part."""
+    distribution = keras.distribution.distribution()
+    processes = getattr(distribution, "num_processes", 1)
+    if processes > 1 and distribution.auto_shard_dataset:
+        raise ValueError(
+            "`shard` must be (0, 1) where Keras shares out the batches; for "
+            "each process to read a part only, set `distribution."
+            f"auto_shard_dataset = False`. Received: shard={shard}"
+        )
 
 
 def _tensorflow() -> tuple[Any, Any]:

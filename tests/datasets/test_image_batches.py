@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from keras_mscm import backend
 from keras_mscm.datasets import ImageBatches
 
 
@@ -114,6 +115,64 @@ def test_flip_mirrors_half_of_the_images():
     assert np.any(dataset[0] != before)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_parts_share_out_each_epoch(shuffle):
+    parts = [
+        make(num=11, shard=(i, 3), shuffle=shuffle, batch_size=2)
+        for i in range(3)
+    ]
+    left_out = set()
+    for _ in range(2):
+        orders = [order(part) for part in parts]
+        assert [len(indices) for indices in orders] == [3, 3, 3]
+        together = set(np.concatenate(orders))
+        assert len(together) == 9
+        left_out |= set(range(11)) - together
+        for part in parts:
+            assert part.num_batches == 2
+            part.on_epoch_end()
+    # Another part of the whole in each epoch, if it is shuffled.
+    assert shuffle == (len(left_out) > 2)
+    if not shuffle:
+        assert orders[1] == [1, 4, 7]
+
+
+def test_an_endless_part():
+    parts = [
+        make(num=10, shard=(i, 2), repeat=True, batch_size=4) for i in range(2)
+    ]
+    epoch = [
+        np.concatenate([part[i][1] for i in range(5)]).reshape(4, 5)
+        for part in parts
+    ]
+    for passes in np.concatenate(epoch, axis=1):
+        assert sorted(passes) == list(range(10))
+
+
+def test_parts_are_mirrored_each_in_its_own_way():
+    images = np.zeros((200, 1, 2, 1), "float32")
+    images[:, :, 1] = 1.0
+    first, second = (
+        ImageBatches(
+            images.__getitem__,
+            200,
+            batch_size=100,
+            seed=0,
+            flip=True,
+            shard=(i, 2),
+        )[0]
+        for i in range(2)
+    )
+    assert 30 < (first != second).any((1, 2, 3)).sum() < 70  # of 100
+
+
+def test_each_process_has_its_part(monkeypatch):
+    assert make().shard == (0, 1)
+    monkeypatch.setattr(backend, "process", lambda: (1, 2))
+    assert make().shard == (1, 2)
+    assert make(shard=(0, 1)).shard == (0, 1)
+
+
 def test_keras_counts_the_epochs_of_a_finite_one(train):
     dataset = make()
     seen = []
@@ -141,6 +200,14 @@ def test_fit_of_an_endless_one(train):
             {"batch_size": 11, "drop_remainder": True},
             "`batch_size` must be at most the number of images, 10",
         ),
+        (
+            {"batch_size": 6, "drop_remainder": True, "shard": (0, 2)},
+            "`batch_size` must be at most the number of images, 5",
+        ),
+        ({"shard": (2, 2)}, r"0 <= index < count, or None.*\(2, 2\)"),
+        ({"shard": (0.0, 2)}, "`shard` must be .index, count., integers"),
+        ({"shard": (0, 11)}, "`shard` must be of at most as many parts as"),
+        ({"shard": 2}, "Received: shard=2"),
     ],
 )
 def test_bad_arguments(kwargs, message):

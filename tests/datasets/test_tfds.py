@@ -1,6 +1,7 @@
 """A TFDS data set that is prepared from local files and read back."""
 
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from keras_mscm import backend
 from keras_mscm.datasets import from_tfds
 from keras_mscm.datasets.resizing import center_square
 
@@ -140,6 +142,40 @@ def test_ends(load):
     assert sizes(repeat=True) == [5, 5, 5, 5]
 
 
+def test_parts_share_out_the_images(load, prepared, monkeypatch):
+    def part(**kwargs):
+        return thumbnails_of(load, **{"batch_size": 3, **kwargs})[1].tolist()
+
+    # Of 11, one is left out, so that all have as many batches.
+    parts = [part(split="train[:11]", shard=(i, 2)) for i in range(2)]
+    assert [len(labels) for labels in parts] == [5, 5]
+    assert len({*parts[0], *parts[1]}) == 10
+    whole = part(shuffle=False)
+    assert part(shuffle=False, shard=(1, 3)) == whole[4:8]
+    monkeypatch.setattr(backend, "process", lambda: (2, 3))
+    assert part(shuffle=False) == whole[8:]
+    assert part(shuffle=False, shard=(0, 1)) == whole
+
+
+def test_a_part_is_not_shared_out_again(load, monkeypatch):
+    """By TensorFlow's workers, or by Keras where it does so."""
+    policy = (
+        load(image_size=8, shard=(0, 2))
+        .options()
+        .experimental_distribute.auto_shard_policy
+    )
+    assert policy.name == "OFF"
+    distribution = SimpleNamespace(num_processes=2, auto_shard_dataset=True)
+    monkeypatch.setattr(
+        keras.distribution, "distribution", lambda: distribution
+    )
+    with pytest.raises(ValueError, match="auto_shard_dataset = False"):
+        load(image_size=8, shard=(1, 2))
+    load(image_size=8, shard=(0, 1))
+    distribution.auto_shard_dataset = False
+    load(image_size=8, shard=(1, 2))
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_a_model_trains(load, train, labels):
     dataset = load(
@@ -159,6 +195,7 @@ def test_a_model_trains(load, train, labels):
         ({"image_key": "picture"}, "must be features of the data set"),
         ({"image_key": "label"}, "`image_key` must be a feature of uint8"),
         ({"image_size": 8, "label_key": "name"}, "`label_key` must be a"),
+        ({"image_size": 8, "shard": (1, 1)}, "`shard` must be .index, count."),
         ({"as_supervised": True}, "`as_supervised` and `with_info` must not"),
     ],
 )
