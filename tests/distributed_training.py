@@ -149,7 +149,7 @@ def of_this_process(batches):
     return np.split(batches, plan["processes"], axis=1)[plan["process"]]
 
 
-def fit(student, steps, callbacks=()):
+def fit(student, steps):
     """Losses of training on these of the batches."""
     images, labels = (
         array.reshape(STEPS, BATCH, *array.shape[1:])[steps]
@@ -163,7 +163,7 @@ def fit(student, steps, callbacks=()):
         batch_size=images.shape[1],
         shuffle=False,
         verbose=0,
-        callbacks=[losses, *callbacks],
+        callbacks=[losses],
     )
     return np.diff(losses.sums)
 
@@ -171,10 +171,6 @@ def fit(student, steps, callbacks=()):
 def run(case):
     """Trains, or goes on with what another case has saved."""
     results, saved = {}, PLAN.with_name(f"{case['method']}.keras")
-    callbacks = []
-    if case.get("orbax"):
-        saved = PLAN.with_name(f"{case['method']}_orbax")
-        callbacks.append(keras.callbacks.OrbaxCheckpoint(saved))
     with strategy(case):
         student, teacher = make_student(case)
         losses = []
@@ -183,7 +179,7 @@ def run(case):
             if student.needs_teacher:
                 student.attach_teacher(teacher)
         else:
-            losses.append(fit(student, slice(0, SAVED_AFTER), callbacks))
+            losses.append(fit(student, slice(0, SAVED_AFTER)))
             if case.get("save"):
                 student.save(saved)
         losses.append(fit(student, slice(SAVED_AFTER, None)))
@@ -197,9 +193,11 @@ def run(case):
             else [],
         }
         if case.get("evaluate"):
-            (images,) = of_this_process(IMAGES[None, :BATCH])
-            (labels,) = of_this_process(LABELS[None, :BATCH])
-            results["evaluated"] = student.evaluate(images, labels, verbose=0)
+            images = of_this_process(IMAGES[None, :BATCH])
+            labels = of_this_process(LABELS[None, :BATCH])
+            results["evaluated"] = student.evaluate(
+                images[0], labels[0], batch_size=len(images[0]), verbose=0
+            )
             results["images"] = student.generate(
                 noise=NOISE, labels=LABELS[:BATCH]
             )
