@@ -2,10 +2,12 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -34,6 +36,18 @@ def test_there_are_examples():
         for example in test.examples
     ]
     assert len(examples) > 20
+
+
+def test_the_guide_to_scaling(tmp_path):
+    path = Path(__file__).parent.parent / "guides/scaling.py"
+    spec = importlib.util.spec_from_file_location("scaling", path)
+    scaling = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scaling)
+    options = "--iterations 2 --epochs 1 --batch-size 8 --student-steps 2"
+    scaling.main(scaling.parse([*options.split(), "--output", str(tmp_path)]))
+    student = keras.saving.load_model(tmp_path / "student.keras")
+    assert int(student.iteration) == 2
+    assert [*(tmp_path / "teacher").glob("*.keras")]
 
 
 def test_the_code_of_the_guide(tmp_path, monkeypatch):

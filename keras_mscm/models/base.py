@@ -508,21 +508,27 @@ class DenoisingModel(keras.Model):
     def _compile_sampler(
         self, sampler: Sampler, schedule: NoiseSchedule, unguided: bool
     ) -> Callable:
+        run = self._sampling_function(sampler, schedule, unguided)
+        return backend.compile_inference(run, self._sampling_variables())
+
+    def _sampling_function(
+        self, sampler: Sampler, schedule: NoiseSchedule, unguided: bool
+    ) -> Callable:
         network = self.ema_network
 
         def run(noise, conditioning, num_steps, seed, scale):
+            noise, conditioning = backend.divided((noise, conditioning))
+
             def denoise(z, logsnr):
                 if unguided:
                     return self.denoise(network, z, logsnr, conditioning)
                 inputs = network, z, logsnr, conditioning, scale
                 return self.denoise_guided(*inputs)[0]
 
-            noise, conditioning = backend.divided((noise, conditioning))
-
             images = sampler(denoise, noise, schedule, num_steps, seed)
             return ops.clip(images, -1.0, 1.0)
 
-        return backend.compile_inference(run, self._sampling_variables())
+        return run
 
     def _sampling_variables(self) -> list[keras.Variable]:
         """What a sampler may read."""
@@ -661,13 +667,13 @@ class DenoisingModel(keras.Model):
                 "The model must be compiled before `fit` or `evaluate`: call "
                 "`model.compile(optimizer=...)`. Received: a model that is not"
             )
+        checks.check_distribution(self)
 
     def fit(
         self,
         x: Any = None,
         y: Any = None,
         *args: Any,
-        checks.check_distribution(self)
         callbacks: Any = None,
         validation_data: Any = None,
         **kwargs: Any,
@@ -700,15 +706,15 @@ class DenoisingModel(keras.Model):
         """
         self._check_ready()
         x = self._checked("x", x, y, kwargs.get("sample_weight"))
+        batch_size = args[0] if args else kwargs.get("batch_size")
+        share = 1 - kwargs.get("validation_split", 0.0)
+        checks.check_shares("x", x, share, batch_size, backend.shares(self))
         if isinstance(validation_data, (list, tuple)):
             if not 1 <= len(validation_data) <= 3:
                 raise ValueError(
                     "`validation_data` must be images, (images, labels), "
                     "(images, labels, sample_weight) or a stream of these. "
                     f"Received: {len(validation_data)} parts"
-        batch_size = args[0] if args else kwargs.get("batch_size")
-        share = 1 - kwargs.get("validation_split", 0.0)
-        checks.check_shares("x", x, share, batch_size, backend.shares(self))
                 )
             self._checked("validation_data", *validation_data)
         elif validation_data is not None:
@@ -739,14 +745,14 @@ class DenoisingModel(keras.Model):
         self._check_ready()
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked it
             x = self._checked("x", x, y, kwargs.get("sample_weight"))
+            batch_size = args[0] if args else kwargs.get("batch_size")
+            checks.check_shares("x", x, 1, batch_size, backend.shares(self))
         with backend.values_kept(self):
             return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts `x`, as `keras.Model.predict`; inputs as for `call`."""
         with backend.values_kept(self):
-            batch_size = args[0] if args else kwargs.get("batch_size")
-            checks.check_shares("x", x, 1, batch_size, backend.shares(self))
             return super().predict(x, *args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:

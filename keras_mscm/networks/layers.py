@@ -10,6 +10,7 @@ from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.context import CrossAttention
 from keras_mscm.networks.dropout import Dropout
+from keras_mscm.networks.normalization import GroupNormalization
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -110,7 +111,7 @@ class ResNetBlock(keras.layers.Layer):
             )
 
         def norm(name):
-            return keras.layers.GroupNormalization(
+            return GroupNormalization(
                 math.gcd(32, width), axis=-1, dtype=policy, name=name
             )
 
@@ -173,7 +174,8 @@ class TransformerBlock(keras.layers.Layer):
 
     Keras picks a fused kernel for the attention where the backend has one:
     cuDNN's on NVIDIA's GPUs from Ampere on (JAX, in half precision), whichever
-    PyTorch has for the device. There is none on TensorFlow.
+    PyTorch has for the device. There is none on TensorFlow. On TPUs JAX's
+    compiler makes two products of it (`backend.attention_on_tpu`).
 
     Args:
         head_width: Width of an attention head; must divide the channels.

@@ -1,0 +1,124 @@
+"""Attention as it is computed on TPUs, which JAX can do anywhere."""
+
+import types
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mscm import backend
+from keras_mscm.networks.layers import TransformerBlock
+
+pytestmark = pytest.mark.skipif(
+    backend.NAME != "jax", reason="Keras runs on TPUs by JAX alone"
+)
+
+
+def random_inputs(seed=0, size=(2, 5, 3, 8), length=1024):
+    rng = np.random.default_rng(seed)
+    batch, _, heads, channels = size
+    other = batch, length, heads, channels
+    return [
+        ops.convert_to_tensor(rng.standard_normal(shape), "float32")
+        for shape in (size, other, other)
+    ]
+
+
+def masks():
+    mask = np.random.default_rng(1).random((2, 1, 1, 1024)) < 0.6
+    mask[..., 0] = True
+    return [None, ops.convert_to_tensor(mask)]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
+@pytest.mark.parametrize("mask", masks(), ids=["whole", "masked"])
+def test_is_keras_own_with_its_gradient(mask, scale):
+    import jax
+
+    query, key, value = random_inputs()
+    inputs = scale * query, key, value
+    # As small as the gradients of a mean over many images.
+    weights = 1e-9 * np.random.default_rng(2).standard_normal((2, 5, 3, 8))
+
+    def run(attention):
+        def loss(*inputs):
+            return ops.sum(weights * attention(*inputs, mask=mask))
+
+        gradients = jax.grad(loss, (0, 1, 2))(*inputs)
+        return [1e9 * x for x in (loss(*inputs), *gradients)]
+
+    got, expected = (
+        run(backend.attention_on_tpu),
+        run(ops.dot_product_attention),
+    )
+    for a, b in zip(got, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_normalised_queries_may_be_scaled_by_7():
+    """With 64 channels per head, and the worst keys: all opposite."""
+    query, key = ops.full((1, 1, 1, 64), 7.0), ops.full((1, 3, 1, 64), -1.0)
+    _, _, value = random_inputs(size=(1, 1, 1, 64), length=3)
+    got = backend.attention_on_tpu(query, key, value)
+    np.testing.assert_allclose(got[0, 0], ops.mean(value[0], 0), rtol=1e-4)
+
+
+def test_beyond_all_range_it_is_finite():
+    import jax
+
+    query, key, value = random_inputs(3)
+
+    def loss(query):
+        return ops.sum(backend.attention_on_tpu(1e3 * query, key, value))
+
+    output, gradient = jax.value_and_grad(loss)(query)
+    assert np.isfinite(output)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    inputs = random_inputs(4)
+    expected = ops.dot_product_attention(*inputs)
+    with backend.compiling_for("tpu"):
+        got = backend.dot_product_attention(
+            *(ops.cast(x, dtype) for x in inputs)
+        )
+    assert keras.backend.standardize_dtype(got.dtype) == dtype
+    np.testing.assert_allclose(ops.cast(got, "float32"), expected, atol=3e-2)
+
+
+def block_and_inputs():
+    block = TransformerBlock(head_width=16)
+    block.build(((None, 2, 4, 32), (None, 32)))
+    rng = np.random.default_rng(5)
+    for weight in block.trainable_variables:
+        weight.assign(rng.standard_normal(weight.shape) / 6)
+    inputs = [
+        ops.convert_to_tensor(rng.standard_normal(shape), "float32")
+        for shape in ((3, 2, 4, 32), (3, 32))
+    ]
+    return block, inputs
+
+
+def test_a_block_is_the_same_on_tpus():
+    block, inputs = block_and_inputs()
+    expected = block(inputs)
+    with backend.compiling_for("tpu"):
+        got = block(inputs)
+    assert np.any(np.asarray(got) != np.asarray(expected)), "the same code ran"
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_tpus_keras_kernel_is_not_taken(monkeypatch):
+    """Keras 3.15.1 makes it causal, and leaves out the scale."""
+    import jax
+
+    block, inputs = block_and_inputs()
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    monkeypatch.setattr(jax, "devices", lambda *args: [tpu])
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    program = str(jax.make_jaxpr(lambda *x: block(x))(*inputs))
+    assert "pallas_call" not in program
+    assert program.count("dot_general") > 2
