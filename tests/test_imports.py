@@ -21,13 +21,18 @@ FLOORS = [
     {"schedules", "losses", "samplers"},
     {"models"},
     {"callbacks", "metrics", "datasets", "distribution", "presets"},
+    {"plan"},
     {"__init__"},
 ]
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
 # There tf.data reads files for every backend, as Pillow does elsewhere. Still
 # only inside a function: nobody else needs TensorFlow, or waits for it.
-READERS = {"datasets/tfds.py": {"tensorflow"}}
-OPTIONAL = {"PIL", "tensorflow_datasets"}
+READERS = {
+    "datasets/tfds.py": {"tensorflow"},
+    # A plan for TPUs is what JAX compiles, whichever the backend.
+    "plan/compiler.py": {"jax"},
+}
+OPTIONAL = {"PIL", "libtpu", "tensorflow_datasets"}
 
 
 def floor(part):

@@ -1,0 +1,261 @@
+"""What a compiled step will cost, by the compiler's own estimate."""
+
+import datetime
+import math
+import os
+import time
+from importlib import metadata
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mscm.models import checks
+from keras_mscm.plan import compiler, operations
+from keras_mscm.plan.chips import Slice
+from keras_mscm.plan.steps import METHODS, Step, step_of
+
+NOTE = (
+    "The compiler's estimate, not a measurement: no TPU was there. Cycles are "
+    "summed as if no operation overlapped another; what is sent is divided by "
+    "the bandwidth of the links, and added as if nothing were computed "
+    "meanwhile."
+)
+GIB = 2**30
+
+
+def make_plan(
+    preset: str | os.PathLike,
+    topology: str,
+    *,
+    batch_size: int,
+    method: str = "training",
+    student_steps: int = 8,
+    dtype: str = "mixed_bfloat16",
+    remat: bool = False,
+    shard_weights: bool = False,
+    gradient_accumulation_steps: int | None = None,
+) -> dict[str, Any]:
+    """Compiles a step for a TPU slice that isn't there, and says what it costs.
+
+    The step is that of `MultistepConsistencyModel`, with Adam and the moving
+    average of the weights; or its `generate`. No weight gets a value: a plan
+    takes the memory of the compiler, a few GiB.
+
+    Args:
+        preset: Name or directory of the network's preset.
+        topology: Slice, a chip and the chips along each axis: `"v5e:8x8"`.
+        batch_size: Images per step, over all chips; a multiple of their
+            number.
+        method: `"training"` (CT), `"distillation"` (CD) or `"generate"`.
+        student_steps: Evaluations of the network in `generate`.
+        dtype: Policy of the network and the model.
+        remat: Whether blocks are computed again for the gradient, and not kept
+            (`UViT`'s `remat`).
+        shard_weights: Whether weights, averages and the optimizer's state are
+            spread over the chips (`keras_mscm.distribution.fully_sharded`);
+            by default each chip holds all of them.
+        gradient_accumulation_steps: Batches of `batch_size` to an update of
+            the weights, at least 2; or None.
+
+    Returns:
+        What the command `python -m keras_mscm.plan --json` prints:
+        `"steps_per_second"`, `"memory_gib_per_chip"`, `"fits"`, and the
+        numbers that they come from. Of a step that the compiler could not fit
+        into memory there is no more than the memory, and `"advice"`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or Keras runs on
+            another backend than JAX.
+        ImportError: If libtpu is not installed.
+    """
+    compiler.check()
+    chips = Slice(topology)
+    checks.check_choice("method", method, METHODS)
+    checks.check_positive_integer("batch_size", batch_size)
+    checks.check_positive_integer("student_steps", student_steps)
+    if batch_size % chips.num_chips:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the {chips.num_chips} chips "
+            f"of {topology}. Received: batch_size={batch_size}"
+        )
+    begin = time.perf_counter()
+    step = step_of(
+        preset,
+        method,
+        batch_size,
+        student_steps=student_steps,
+        dtype=dtype,
+        remat=remat,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
+    plan = {
+        "note": NOTE,
+        "steps_per_second": None,
+        "memory_gib_per_chip": None,
+        "fits": False,
+        "preset": os.fspath(preset),
+        "topology": topology,
+        "chip": chips.chip.name,
+        "num_chips": chips.num_chips,
+        "batch_size": batch_size,
+        "method": method,
+        "student_steps": student_steps,
+        "dtype": dtype,
+        "remat": remat,
+        "shard_weights": shard_weights,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "parameters": step.model.network.count_params(),
+        "memory_capacity_gib": chips.chip.memory_bytes / GIB,
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            name: metadata.version(name)
+            for name in ("keras", "jax", "jaxlib", "libtpu")
+        },
+    }
+    try:
+        program = compiler.compile_step(
+            step.function,
+            step.variables,
+            step.batch,
+            step.constants,
+            chips,
+            donate=step.updates,
+            axes_of=step.sharded_axes(chips) if shard_weights else None,
+        )
+    except compiler.DoesNotFit as error:
+        state = _state_bytes(step) / (chips.num_chips if shard_weights else 1)
+        plan |= {
+            "memory_gib_per_chip": error.needed_bytes / GIB,
+            "memory_gib": {"arguments": state / GIB},
+            "compiler_says": str(error),
+        }
+        return plan | {"advice": advice(plan)}
+    plan["compile_seconds"] = round(time.perf_counter() - begin, 1)
+    model_flops = step.passes * step.model.network.flops() * batch_size
+    plan |= costs(program, chips, model_flops, student_steps)
+    return plan if plan["fits"] else plan | {"advice": advice(plan)}
+
+
+def costs(
+    program: compiler.Program,
+    chips: Slice,
+    model_flops: float,
+    loop_runs: int = 1,
+) -> dict[str, Any]:
+    """Time, memory and traffic of a compiled step.
+
+    Args:
+        program: The step.
+        chips: What it was compiled for.
+        model_flops: FLOPs of the network's passes over the whole batch.
+        loop_runs: How often a loop runs whose number is an argument.
+
+    Returns:
+        What a plan says of a step that was compiled.
+    """
+    chip = chips.chip
+    ran = operations.read(program.text, loop_runs)
+    cycles = sum(operation.cycles for operation in ran)
+    sent = operations.sent_bytes(ran)
+    computation = cycles / chip.clock
+    communication = 0.0
+    if sent:
+        communication = sum(sent.values()) / chips.collective_bandwidth
+    seconds = computation + communication
+    arithmetic = model_flops / chips.num_chips / chip.peak_flops
+    memory = {
+        "arguments": program.argument_bytes / GIB,
+        "temporaries": program.temporary_bytes / GIB,
+        "output": program.output_bytes / GIB,
+        "aliased": program.alias_bytes / GIB,
+        "code": program.code_bytes / GIB,
+    }
+    # Results that take an argument's place need none of their own.
+    needed = sum(memory.values()) - 2 * memory["aliased"]
+    return {
+        "steps_per_second": 1 / seconds,
+        "memory_gib_per_chip": needed,
+        "fits": needed <= chip.memory_bytes / GIB,
+        "memory_gib": memory,
+        "flops_per_chip": program.flops,
+        "model_flops_per_chip": model_flops / chips.num_chips,
+        "bytes_accessed_per_chip": program.bytes_accessed,
+        "cycles": cycles,
+        "seconds": {
+            "step": seconds,
+            "computation": computation,
+            "communication": communication,
+            "bound_by_flops": arithmetic,
+            "bound_by_memory_bandwidth": (
+                program.argument_bytes + program.output_bytes
+            )
+            / chip.memory_bandwidth,
+        },
+        "model_flops_utilisation": arithmetic / seconds,
+        "sent_bytes_per_chip": sent,
+        "operations": [
+            {
+                "operation": source,
+                "count": count,
+                "cycles": number,
+                "share": number / cycles,
+            }
+            for source, count, number in operations.by_source(ran)[:15]
+        ],
+    }
+
+
+def _state_bytes(step: Step) -> float:
+    return sum(
+        math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+        for variable in keras.tree.flatten(step.variables)
+    )
+
+
+def advice(plan: dict[str, Any]) -> list[str]:
+    """What would make a step fit into memory.
+
+    Args:
+        plan: A plan, with its settings and the memory that it needs.
+
+    Returns:
+        Sentences, the mildest change first.
+    """
+    capacity, chips = plan["memory_capacity_gib"], plan["num_chips"]
+    state = plan["memory_gib"]["arguments"]
+    rest = plan["memory_gib_per_chip"] - state
+    ways = []
+    if not plan["remat"] and plan["method"] != "generate":
+        ways.append(
+            "--remat: blocks are computed again for the gradient, and not "
+            f"kept. What is alive within the step, {rest:.1f} GiB, shrinks to "
+            "a small part, for up to a third more time."
+        )
+    if not plan["shard_weights"] and state > 0.2 * capacity:
+        ways.append(
+            f"--shard-weights: of {state:.1f} GiB of weights, averages and "
+            f"optimizer each chip then holds {state / chips:.2f} GiB; weights "
+            "are sent when they are needed."
+        )
+    room = capacity - state
+    if room <= 0:
+        return ways
+    share = plan["batch_size"] // chips
+    images = math.floor(share * room / rest) * chips
+    if images:
+        ways.append(
+            f"--batch-size {images}: the largest that fits, if memory within "
+            "the step grows with the batch."
+        )
+    parts = next(
+        (n for n in range(2, share + 1) if share % n == 0 and rest / n <= room),
+        None,
+    )
+    if parts and plan["method"] != "generate":
+        ways.append(
+            f"--batch-size {plan['batch_size'] // parts} "
+            f"--gradient-accumulation-steps {parts}: the same update, from "
+            f"{parts} smaller batches."
+        )
+    return ways

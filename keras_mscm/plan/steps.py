@@ -1,0 +1,191 @@
+"""The steps that a plan is of, from abstract shapes: no weight has a value."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_mscm import preset_files, samplers
+from keras_mscm.distribution import fully_sharded
+from keras_mscm.models.base import CONDITIONING_DTYPES
+from keras_mscm.models.diffusion import DiffusionModel
+from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
+from keras_mscm.plan import compiler
+from keras_mscm.plan.chips import Slice
+
+METHODS = ("training", "distillation", "generate")
+CONTEXT_LENGTH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A function to be compiled, and what it is called with.
+
+    Args:
+        model: The model that it belongs to.
+        function: Function of values of `variables`, a batch and constants.
+        variables: Structure of Keras variables.
+        batch: Structure of `keras.KerasTensor`s.
+        constants: `keras.KerasTensor`s that don't belong to the batch.
+        updates: Whether it returns new values of its variables.
+        passes: Forward passes of the network that its arithmetic comes to; a
+            pass with its gradient is three.
+    """
+
+    model: MultistepConsistencyModel
+    function: Callable[..., Any]
+    variables: Any
+    batch: Any
+    constants: tuple
+    updates: bool
+    passes: int
+
+    def sharded_axes(self, chips: Slice) -> Callable[[keras.Variable], tuple]:
+        """Which axis of each variable the chips share out.
+
+        Args:
+            chips: The slice.
+
+        Returns:
+            Function of a variable: the axes of its layout in `fully_sharded`.
+            The optimizer's variables are laid out as their weights are.
+        """
+        names = [f"tpu:{i}" for i in range(chips.num_chips)]
+        mesh = keras.distribution.DeviceMesh((len(names),), ["batch"], names)
+        layouts = fully_sharded(mesh)
+        # Keras names a slot `adam/path_of_its_weight_momentum`.
+        paths = {
+            weight.path.replace("/", "_"): weight.path
+            for weight in self.model.trainable_variables
+        }
+
+        def axes_of(variable):
+            path = variable.path
+            slot = path.split("/")[-1].rsplit("_", 1)[0]
+            layout = layouts[paths.get(slot, path)]
+            return layout.axes if layout and variable.shape else ()
+
+        return axes_of
+
+
+def step_of(
+    preset: str | os.PathLike,
+    method: str,
+    batch_size: int,
+    *,
+    student_steps: int,
+    dtype: str,
+    remat: bool,
+    gradient_accumulation_steps: int | None,
+) -> Step:
+    """The training step, or `generate`, of a multistep consistency model.
+
+    Args:
+        preset: Name or directory of the network's preset.
+        method: `"training"` (CT), `"distillation"` (CD, with the teacher's
+            network) or `"generate"`.
+        batch_size: Images per step.
+        student_steps: Evaluations of the network in `generate`.
+        dtype: Policy, such as `"mixed_bfloat16"`.
+        remat: Whether the network's blocks are computed twice, and not kept.
+        gradient_accumulation_steps: Batches to an update, or None.
+
+    Returns:
+        The step as `fit` or `generate` compiles it, with Adam and the moving
+        average of the weights.
+    """
+    # Outside, as these few variables begin with numbers; those of the weights'
+    # size come with `compile`.
+    optimizer = keras.optimizers.Adam(
+        gradient_accumulation_steps=gradient_accumulation_steps
+    )
+
+    def make():
+        differs = {"remat": True} if remat else {}
+        network = preset_files.load_network(
+            keras.Layer, preset, load_weights=False, dtype=dtype, **differs
+        )
+        if method == "distillation":
+            teacher = preset_files.load_model(
+                DiffusionModel, preset, load_weights=False, network=network
+            )
+            model = MultistepConsistencyModel.from_teacher(
+                teacher, student_steps=student_steps
+            )
+        else:
+            model = preset_files.load_model(
+                MultistepConsistencyModel,
+                preset,
+                load_weights=False,
+                network=network,
+                student_steps=student_steps,
+                method="training",
+            )
+        model.compile(optimizer=optimizer)
+        return model
+
+    model = compiler.without_values(make)
+    images = _tensor((batch_size, *model.image_shape))
+    conditioning = _conditioning(model, batch_size)
+    if method == "generate":
+        return _generate(model, images, conditioning)
+    # As `fit` takes them: labels alone, or a dictionary.
+    y: Any = conditioning
+    if list(conditioning) == ["labels"]:
+        y = conditioning["labels"]
+    return Step(
+        model=model,
+        function=model.train_step,
+        variables=(
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        ),
+        batch=(images, y) if conditioning else (images,),
+        constants=(),
+        updates=True,
+        # The trained pass, the reference, and in distillation the teacher.
+        passes=5 if method == "distillation" else 4,
+    )
+
+
+def _generate(model: Any, noise: Any, conditioning: dict) -> Step:
+    variables = model._sampling_variables()
+    run = model._sampling_function(samplers.DDIM(), model.schedule, True)
+
+    def function(values, batch, num_steps, seed, scale):
+        with keras.StatelessScope(zip(variables, values)):
+            return run(*batch, num_steps, seed, scale)
+
+    return Step(
+        model=model,
+        function=function,
+        variables=variables,
+        batch=(noise, conditioning),
+        constants=(
+            _tensor((), "int32"),
+            _tensor((2,), "uint32"),
+            _tensor(()),
+        ),
+        updates=False,
+        passes=model.student_steps,
+    )
+
+
+def _conditioning(model: Any, batch_size: int) -> dict[str, Any]:
+    shapes = {
+        "labels": (batch_size,),
+        "context": (batch_size, CONTEXT_LENGTH, model.context_width),
+        "context_mask": (batch_size, CONTEXT_LENGTH),
+    }
+    return {
+        name: _tensor(shapes[name], CONDITIONING_DTYPES[name])
+        for name in model.conditioning_names
+    }
+
+
+def _tensor(shape: tuple, dtype: str = "float32") -> keras.KerasTensor:
+    return keras.KerasTensor(shape, dtype)
