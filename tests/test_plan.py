@@ -294,7 +294,7 @@ def test_command(method, monkeypatch, capsys):
 @on_jax
 def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
     def compile_step(*args, **kwargs):
-        raise compiler.DoesNotFit(30 * 2**30, "Used 30G of 15.75G hbm")
+        raise compiler.DoesNotFit(30 * 2**30, "Ran out of memory")
 
     monkeypatch.setattr(compiler, "check", lambda: None)
     monkeypatch.setattr(compiler, "compile_step", compile_step)
@@ -303,14 +303,14 @@ def test_what_does_not_fit_says_what_would(monkeypatch, capsys):
         ["--preset", "digits", "--topology", "v5e:2x2", "--batch-size", "64"]
     )
     table = capsys.readouterr().out
-    assert "30.00 of 16 GiB **does not fit**" in table
+    assert "30.02 of 16 GiB **does not fit**" in table
     assert "To make it fit: --remat" in table
 
 
 def test_the_compiler_s_memory_error_is_read():
     message = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
-        "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (20.50G) exceeds available HBM (15.75G)."
     )
     with (
         pytest.raises(compiler.DoesNotFit) as caught,

@@ -28,7 +28,7 @@ class DoesNotFit(Exception):
     """The compiler found no way to make do with the chip's memory.
 
     Args:
-        needed_bytes: What it would take on each chip.
+        needed_bytes: What it would take on each chip, besides the arguments.
         message: What the compiler says.
     """
 
@@ -207,7 +207,9 @@ def _memory_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # JAX has no class of its own for it
-        used = re.search(r"Used ([\d.]+)([BKMGT]) of [\d.]+\w hbm", str(error))
+        used = re.search(
+            r"required for HLO temporaries \(([\d.]+)([BKMGT])\)", str(error)
+        )
         if not used:
             raise
         needed = float(used[1]) * units[used[2]]

@@ -126,8 +126,11 @@ def make_plan(
     except compiler.DoesNotFit as error:
         state = _state_bytes(step) / (chips.num_chips if shard_weights else 1)
         plan |= {
-            "memory_gib_per_chip": error.needed_bytes / GIB,
-            "memory_gib": {"arguments": state / GIB},
+            "memory_gib_per_chip": (state + error.needed_bytes) / GIB,
+            "memory_gib": {
+                "arguments": state / GIB,
+                "temporaries": error.needed_bytes / GIB,
+            },
             "compiler_says": str(error),
         }
         return plan | {"advice": advice(plan)}
