@@ -89,6 +89,9 @@ def _time_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         seconds["bound_by_flops"],
         seconds["bound_by_memory_bandwidth"],
     )
+    once = ""
+    if plan["method"] == "generate":
+        once = " (of one evaluation: the compiler counts a loop once)"
     return [
         ("**steps per second**", f"**{plan['steps_per_second']:.2f}**"),
         (
@@ -99,7 +102,7 @@ def _time_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "FLOPs per chip",
-            f"{_short(plan['flops_per_chip'])}; the network's passes are "
+            f"{_short(plan['flops_per_chip'])}{once}; the network's passes are "
             f"{_short(plan['model_flops_per_chip'])}",
         ),
         ("utilisation", f"{100 * plan['model_flops_utilisation']:.0f} %"),
