@@ -242,7 +242,7 @@ def draw_evaluations(results):
 
 def draw_samplers(results):
     """Every sampler on the two grids."""
-    if not results.settings.get("curves"):
+    if not results.values(kind="curve", grid="karras"):
         return None
     figure, panels = plt.subplots(
         1, 2, figsize=(10, 4.2), layout="constrained", sharey=True
