@@ -46,13 +46,24 @@ def tiny_data(name="tiny"):
 
 def some_tasks(settings):
     """One of each kind, instead of the hundred there are."""
-    tasks = [*run.tasks(settings)]
-    keep = {}
-    for key, method in tasks:
-        kind = key["kind"], key.get("method"), key.get("sampler")
-        if key.get("num_steps") != 512:
-            keep.setdefault(kind, (key, method))
-    return [*keep.values()]
+    kept, wanted = (
+        [],
+        {
+            ("real", None),
+            ("curve", "ddim"),
+            ("curve", "heun"),
+            ("student", "distillation"),
+            ("student", "progressive"),
+            ("time", None),
+        },
+    )
+    for key, method in TASKS(settings):
+        kind = key["kind"], key.get("method") or key.get("sampler")
+        grid = "karras" if kind[1] == "heun" else "cosine"
+        if kind in wanted and key.get("grid", grid) == grid:
+            wanted.remove(kind)
+            kept.append((key, method))
+    return kept
 
 
 @pytest.fixture(scope="module")
