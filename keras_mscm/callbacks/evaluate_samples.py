@@ -28,7 +28,8 @@ class EvaluateSamples(SamplingCallback):
     A resumed training goes on where it was: it is told by the model's
     iteration, and the best number so far is read from a file beside the
     weights. Put this callback after `BackupAndRestore`, or before
-    `ResumeTraining`. A training from iteration 0 begins anew and replaces what is there.
+    `ResumeTraining`. A training from iteration 0 begins anew and replaces what
+    is there.
 
     Args:
         metrics: Metrics such as those of `keras_mscm.metrics`: anything with a
