@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_mscm import datasets, metrics
 
-IMAGES_PER_CLASS_LEFT_OUT = 8  # one in so many emoji is held out
+HELD_OUT = 8  # one in so many emoji
 
 
 class Data(NamedTuple):
@@ -45,7 +45,7 @@ def fashion_mnist():
 def emoji():
     """Every eighth picture is held out; many have a sibling of another skin."""
     pictures = datasets.emoji(64, sequences=True)
-    held_out = np.arange(len(pictures.labels)) % IMAGES_PER_CLASS_LEFT_OUT == 0
+    held_out = np.arange(len(pictures.labels)) % HELD_OUT == 0
     images, labels = pictures.images, pictures.labels
     return Data(
         images[~held_out], labels[~held_out], images[held_out], labels[held_out]

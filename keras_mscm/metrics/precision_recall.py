@@ -1,7 +1,7 @@
 """Improved precision and recall: how much of each set lies in the other."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,8 +19,16 @@ class _Coverage(StoredFeatureMetric):
     The arguments are those of `ImprovedPrecision`.
     """
 
-    def __init__(self, reference: Reference, neighbours: int, name: str):
-        super().__init__(reference, name)
+    default_name: ClassVar[str]
+
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        neighbours: int = 3,
+        name: str | None = None,
+    ):
+        super().__init__(reference, name or self.default_name)
         checks.check_positive_integer("neighbours", neighbours)
         if neighbours >= reference.num_images:
             raise ValueError(
@@ -52,7 +60,7 @@ class ImprovedPrecision(_Coverage):
     Args:
         reference: The real images, with their features kept.
         neighbours: k, at least 1.
-        name: What it is called in logs.
+        name: What it is called in logs, `"precision"` by default.
 
     Raises:
         ValueError: If an argument is out of its range, or the reference too
@@ -70,14 +78,7 @@ class ImprovedPrecision(_Coverage):
         Generative Models (2019), eq. 1 and 2.
     """
 
-    def __init__(
-        self,
-        reference: Reference,
-        *,
-        neighbours: int = 3,
-        name: str = "precision",
-    ):
-        super().__init__(reference, neighbours, name)
+    default_name = "precision"
 
     def compute(self) -> dict[str, Any]:
         samples, real = self.sets()
@@ -94,7 +95,7 @@ class ImprovedRecall(_Coverage):
     Args:
         reference: The real images, with their features kept.
         neighbours: k, at least 1.
-        name: What it is called in logs.
+        name: What it is called in logs, `"recall"` by default.
 
     Raises:
         ValueError: As `ImprovedPrecision`.
@@ -110,10 +111,7 @@ class ImprovedRecall(_Coverage):
         Kynkäänniemi et al. (2019), eq. 1 and 2.
     """
 
-    def __init__(
-        self, reference: Reference, *, neighbours: int = 3, name: str = "recall"
-    ):
-        super().__init__(reference, neighbours, name)
+    default_name = "recall"
 
     def compute(self) -> dict[str, Any]:
         samples, real = self.sets()
