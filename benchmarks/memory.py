@@ -136,7 +136,8 @@ def table(rows, without, rematerialised):
     lines += [
         "",
         "On a CPU XLA computes the blocks twice and saves nothing by it: it "
-        "seems to drop the barriers that rematerialisation consists of. PyTorch follows them: a pass of this network keeps "
+        "seems to drop the barriers that rematerialisation consists of. "
+        "PyTorch follows them: a pass of this network keeps "
         f"{without['kept_mib']:.0f} MiB for the gradient, with remat "
         f"{rematerialised['kept_mib']:.0f} MiB.",
     ]

@@ -98,6 +98,8 @@ def plot(rows, folder):
             axes.plot(values, memory, "s--", label="temporaries (MiB)")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, taken[0] / 2), max(high, 2 * taken[0]))
         axes.set_xticks(values, values)
         axes.set_xlabel({"size": "image side", "K": "K"}.get(name, name))
         axes.grid(alpha=0.3, which="both")
