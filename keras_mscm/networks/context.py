@@ -126,20 +126,15 @@ class CrossAttention(keras.layers.Layer):
     def call(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         maps, tokens, mask = inputs
         _, height, width, channels = maps.shape
-        # The length may be known to nobody before the graph runs.
-        heads = (-1, ops.shape(tokens)[1], self.num_heads, self.head_width)
-        key, value = (
-            ops.reshape(part, heads)
-            for part in ops.split(self.key_value(tokens), 2, axis=-1)
-        )
-        query = ops.reshape(
-            self.query(maps),
-            (-1, height * width, self.num_heads, self.head_width),
-        )
+        heads = (self.num_heads, self.head_width)
+        places = ops.reshape(maps, (-1, height * width, channels))
+        (query,) = split_heads(places, self.query, (1, *heads))
+        key, value = split_heads(tokens, self.key_value, (2, *heads))
         attended = backend.dot_product_attention(
             self.norm_query(query),
             ops.rms_normalization(key),
             value,
+            bound=largest_logit(self.norm_query),
             mask=mask[:, None, None],
         )
         attended = ops.reshape(attended, (-1, height, width, channels))
@@ -155,3 +150,42 @@ class CrossAttention(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "head_width": self.head_width}
+
+
+def split_heads(
+    tokens: Tensor, dense: keras.layers.Dense, parts: tuple[int, int, int]
+) -> list[Tensor]:
+    """A dense layer's output in parts, of several heads each.
+
+    Each part is a product of its own. On TPUs, to cut it out of a larger one,
+    and to change the order of its axes, takes longer than the product.
+
+    Args:
+        tokens: `(batch, length, channels)`.
+        dense: Dense layer with bias, without activation.
+        parts: Number of parts, heads of each, and channels of a head.
+
+    Returns:
+        A list of `(batch, length, heads, channels of a head)`.
+    """
+    kernels = ops.reshape(dense.kernel, (-1, *parts))
+    biases = ops.reshape(dense.bias, parts)
+    return [
+        ops.einsum("blc,chd->blhd", tokens, kernels[:, i]) + biases[i]
+        for i in range(parts[0])
+    ]
+
+
+def largest_logit(norm_query: keras.layers.RMSNormalization) -> Tensor:
+    """What no logit exceeds in size, if keys are normalised, unscaled.
+
+    Args:
+        norm_query: The queries' normalisation per head.
+
+    Returns:
+        Scalar, float32.
+    """
+    # A normalised vector's length is the root of its channels, and of these
+    # the product's scale takes one back.
+    scale = ops.cast(norm_query.scale, "float32")
+    return ops.max(ops.abs(scale)) * scale.shape[0] ** 0.5

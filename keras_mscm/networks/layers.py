@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
-from keras_mscm.networks.context import CrossAttention
+from keras_mscm.networks.context import CrossAttention, largest_logit, split_heads
 from keras_mscm.networks.dropout import Dropout
 from keras_mscm.networks.normalization import GroupNormalization
 
@@ -175,7 +175,7 @@ class TransformerBlock(keras.layers.Layer):
     Keras picks a fused kernel for the attention where the backend has one:
     cuDNN's on NVIDIA's GPUs from Ampere on (JAX, in half precision), whichever
     PyTorch has for the device. There is none on TensorFlow. On TPUs JAX's
-    compiler makes two products of it (`backend.attention_on_tpu`).
+    compiler makes one pass of it (`backend.tpu_attention`).
 
     Args:
         head_width: Width of an attention head; must divide the channels.
@@ -253,13 +253,16 @@ class TransformerBlock(keras.layers.Layer):
 
     def _attention(self, maps: Tensor) -> Tensor:
         _, height, width, channels = maps.shape
-        heads = (-1, height * width, self.num_heads, self.head_width)
-        query, key, value = (
-            ops.reshape(part, heads)
-            for part in ops.split(self.query_key_value(maps), 3, axis=-1)
+        query, key, value = split_heads(
+            ops.reshape(maps, (-1, height * width, channels)),
+            self.query_key_value,
+            (3, self.num_heads, self.head_width),
         )
         attended = backend.dot_product_attention(
-            self.norm_query(query), ops.rms_normalization(key), value
+            self.norm_query(query),
+            ops.rms_normalization(key),
+            value,
+            bound=largest_logit(self.norm_query),
         )
         attended = ops.reshape(attended, (-1, height, width, channels))
         return self.attention_output(attended)

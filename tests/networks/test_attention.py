@@ -8,7 +8,11 @@ import pytest
 from keras import ops
 
 from keras_mscm import backend
+from keras_mscm.networks.context import largest_logit
 from keras_mscm.networks.layers import TransformerBlock
+
+if backend.NAME == "jax":
+    from keras_mscm.backend.tpu_attention import attention
 
 pytestmark = pytest.mark.skipif(
     backend.NAME != "jax", reason="Keras runs on TPUs by JAX alone"
@@ -23,6 +27,11 @@ def random_inputs(seed=0, size=(2, 5, 3, 8), length=1024):
         ops.convert_to_tensor(rng.standard_normal(shape), "float32")
         for shape in (size, other, other)
     ]
+
+
+def bound_of(query, key, *_):
+    longest = [ops.max(ops.norm(x, axis=-1)) for x in (query, key)]
+    return longest[0] * longest[1] / query.shape[-1] ** 0.5
 
 
 def masks():
@@ -41,36 +50,50 @@ def test_is_keras_own_with_its_gradient(mask, scale):
     # As small as the gradients of a mean over many images.
     weights = 1e-9 * np.random.default_rng(2).standard_normal((2, 5, 3, 8))
 
-    def run(attention):
+    def run(attention, **kwargs):
         def loss(*inputs):
-            return ops.sum(weights * attention(*inputs, mask=mask))
+            return ops.sum(weights * attention(*inputs, mask=mask, **kwargs))
 
-        gradients = jax.grad(loss, (0, 1, 2))(*inputs)
+        gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
         return [1e9 * x for x in (loss(*inputs), *gradients)]
 
-    got, expected = (
-        run(backend.attention_on_tpu),
-        run(ops.dot_product_attention),
-    )
+    got = run(attention, bound=bound_of(*inputs))
+    expected = run(ops.dot_product_attention)
     for a, b in zip(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_normalised_queries_may_be_scaled_by_7():
+def test_normalised_queries_may_be_scaled_by_8():
     """With 64 channels per head, and the worst keys: all opposite."""
-    query, key = ops.full((1, 1, 1, 64), 7.0), ops.full((1, 3, 1, 64), -1.0)
+    query, key = ops.full((1, 1, 1, 64), 8.0), ops.full((1, 3, 1, 64), -1.0)
     _, _, value = random_inputs(size=(1, 1, 1, 64), length=3)
-    got = backend.attention_on_tpu(query, key, value)
+    got = attention(query, key, value, bound=64.0)
     np.testing.assert_allclose(got[0, 0], ops.mean(value[0], 0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_logit_exceeds_the_bound(sign):
+    """Of keys along a scaled query, whichever way its scale is."""
+    rng = np.random.default_rng(6)
+    norm = keras.layers.RMSNormalization()
+    norm.build((None, 64))
+    norm.scale.assign(sign * rng.uniform(1, 3, 64))
+    # Along the axis of the greatest scale, where the bound is reached.
+    query = 100 * np.eye(64, dtype="float32")
+    key = ops.rms_normalization(ops.convert_to_tensor(query))
+    logits = ops.matmul(norm(query), ops.transpose(key)) / 8
+    bound = largest_logit(norm)
+    np.testing.assert_allclose(ops.max(ops.abs(logits)), bound, rtol=1e-4)
 
 
 def test_beyond_all_range_it_is_finite():
     import jax
 
     query, key, value = random_inputs(3)
+    bound = bound_of(1e3 * query, key)
 
     def loss(query):
-        return ops.sum(backend.attention_on_tpu(1e3 * query, key, value))
+        return ops.sum(attention(1e3 * query, key, value, bound=bound))
 
     output, gradient = jax.value_and_grad(loss)(query)
     assert np.isfinite(output)
@@ -83,7 +106,7 @@ def test_half_precision(dtype):
     expected = ops.dot_product_attention(*inputs)
     with backend.compiling_for("tpu"):
         got = backend.dot_product_attention(
-            *(ops.cast(x, dtype) for x in inputs)
+            *(ops.cast(x, dtype) for x in inputs), bound=bound_of(*inputs)
         )
     assert keras.backend.standardize_dtype(got.dtype) == dtype
     np.testing.assert_allclose(ops.cast(got, "float32"), expected, atol=3e-2)

@@ -5,6 +5,7 @@ update variables in place. Everything that this difference touches is here.
 """
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ NAME = keras.backend.backend()
 
 if NAME == "jax":
     import jax
+
+    from keras_mscm.backend import tpu_attention
 elif NAME == "tensorflow":
     import tensorflow as tf
 elif NAME == "torch":
@@ -344,102 +347,37 @@ def compile_inference(
 
 
 def dot_product_attention(
-    query: Any, key: Any, value: Any, mask: Any = None
+    query: Any, key: Any, value: Any, *, bound: Any, mask: Any = None
 ) -> Any:
-    """`keras.ops.dot_product_attention`, in float16 too.
+    """`keras.ops.dot_product_attention`, on TPUs and in float16 too.
+
+    On TPUs it is `tpu_attention.attention`: there Keras takes JAX's Splash
+    attention as if places were in causal order, and leaves out the scale
+    (3.15.1).
 
     In float16 JAX asks for a product that adds up in float32, which XLA has
     for GPUs only; on a CPU or TPU that fails when the step is compiled, too
     late for the other ways that JAX and Keras would try. There it is computed
     in float32.
-    """
-    attention = ops.dot_product_attention
-    if NAME == "jax" and _platform() == "tpu":
-        # There Keras takes JAX's Splash attention as if places were in causal
-        # order, and leaves out the scale (3.15.1).
-        attention = attention_on_tpu
-    if NAME != "jax" or query.dtype != "float16" or _platform() == "gpu":
-        return attention(query, key, value, mask=mask)
-    exact = [ops.cast(x, "float32") for x in (query, key, value)]
-    return ops.cast(attention(*exact, mask=mask), "float16")
-
-
-def attention_on_tpu(query: Any, key: Any, value: Any, mask: Any = None) -> Any:
-    """Attention in two matrix products, with nothing to wait for in between.
-
-    A softmax begins with the largest logit, for which all of them are written
-    to memory and read again. What keeps `exp` in range is as well a bound,
-    `|q| max |k|`; and the sum that divides comes from a column of ones beside
-    the values. So the compiler needs no pass over the logits beside the two
-    products. The gradient computes them again, and keeps none.
-
-    It is exact for a query whose largest logit is less than 110 below that
-    bound (beyond, it finds nothing). With normalised queries and keys, as
-    here, that is so up to a `norm_query` of 7 at 64 channels per head, even if
-    all keys are opposite to the query.
 
     Args:
         query: `(batch, places, heads, channels)`.
         key: `(batch, length, heads, channels)`.
         value: `(batch, length, heads, channels)`.
+        bound: What no logit exceeds in size, a scalar.
         mask: True where a key counts, of a shape that broadcasts to `(batch,
             heads, places, length)`. None if all do.
 
     Returns:
-        `(batch, places, heads, channels)`, of the queries' dtype.
+        `(batch, places, heads, channels)`.
     """
-    attend = jax.custom_vjp(lambda *inputs: _attend(*inputs)[0])
-    attend.defvjp(
-        lambda *inputs: (_attend(*inputs)[0], inputs), _attention_gradient
-    )
-    return attend(query, key, value, mask)
-
-
-def _product(indices: str, *factors: Any) -> Any:
-    """A matrix product that adds up in float32."""
-    return jax.numpy.einsum(indices, *factors, preferred_element_type="float32")
-
-
-def _attend(query: Any, key: Any, value: Any, mask: Any) -> tuple:
-    """Also what the gradient takes: weights, their sums and with values."""
-
-    def norm(x):
-        return ops.sqrt(ops.sum(ops.square(ops.cast(x, "float32")), axis=-1))
-
-    bound = norm(query) * ops.max(norm(key), axis=1, keepdims=True)
-    logits = _product("bqhd,bkhd->bhqk", query, key)
-    logits = logits - ops.transpose(bound, (0, 2, 1))[..., None]
-    # In the middle of what float32 and bfloat16 hold.
-    weights = ops.exp(logits * query.shape[-1] ** -0.5 + 45.0)
-    if mask is not None:
-        weights = ops.where(mask, weights, 0.0)
-    weights = ops.cast(weights, value.dtype)
-    value = ops.concatenate([value, ops.ones_like(value[..., :1])], axis=-1)
-    sums = _product("bhqk,bkhd->bqhd", weights, value)
-    inverse = 1.0 / ops.maximum(sums[..., -1:], 1e-30)
-    attended = ops.cast(sums[..., :-1] * inverse, query.dtype)
-    return attended, weights, sums[..., :-1], inverse
-
-
-def _attention_gradient(inputs: tuple, gradient: Any) -> tuple:
-    query, key, value, mask = inputs
-    _, weights, sums, inverse = _attend(query, key, value, mask)
-    of_sums = ops.cast(gradient, "float32") * inverse
-    # Not by the sum's square, which is out of range; and in float32, as it
-    # nearly cancels what is added to it.
-    of_ones = -ops.sum(of_sums * sums, axis=-1, keepdims=True) * inverse
-    of_sums = ops.cast(of_sums, value.dtype)
-    of_weights = _product("bqhd,bkhd->bhqk", of_sums, value)
-    of_weights = of_weights + ops.transpose(of_ones, (0, 2, 1, 3))
-    of_logits = of_weights * ops.cast(weights, "float32")
-    of_logits = of_logits * query.shape[-1] ** -0.5
-    of_logits = ops.cast(of_logits, query.dtype)
-    gradients = (
-        _product("bhqk,bkhd->bqhd", of_logits, key),
-        _product("bhqk,bqhd->bkhd", of_logits, query),
-        _product("bhqk,bqhd->bkhd", weights, of_sums),
-    )
-    return *(ops.cast(x, query.dtype) for x in gradients), None
+    attention = ops.dot_product_attention
+    if NAME == "jax" and _platform() == "tpu":
+        attention = functools.partial(tpu_attention.attention, bound=bound)
+    if NAME != "jax" or query.dtype != "float16" or _platform() == "gpu":
+        return attention(query, key, value, mask=mask)
+    exact = [ops.cast(x, "float32") for x in (query, key, value)]
+    return ops.cast(attention(*exact, mask=mask), "float16")
 
 
 _compiled_for: str | None = None
