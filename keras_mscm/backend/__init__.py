@@ -347,9 +347,11 @@ def compile_inference(
 
 
 def dot_product_attention(
-    query: Any, key: Any, value: Any, *, bound: Any, mask: Any = None
+    query: Any, key: Any, value: Any, *, query_scale: Any, mask: Any = None
 ) -> Any:
     """`keras.ops.dot_product_attention`, on TPUs and in float16 too.
+
+    Of queries and keys that are normalised to a root mean square of 1.
 
     On TPUs it is `tpu_attention.attention`: there Keras takes JAX's Splash
     attention as if places were in causal order, and leaves out the scale
@@ -364,7 +366,8 @@ def dot_product_attention(
         query: `(batch, places, heads, channels)`.
         key: `(batch, length, heads, channels)`.
         value: `(batch, length, heads, channels)`.
-        bound: What no logit exceeds in size, a scalar.
+        query_scale: What the normalised queries have been multiplied by,
+            `(channels,)`.
         mask: True where a key counts, of a shape that broadcasts to `(batch,
             heads, places, length)`. None if all do.
 
@@ -373,6 +376,7 @@ def dot_product_attention(
     """
     attention = ops.dot_product_attention
     if NAME == "jax" and _platform() == "tpu":
+        bound = tpu_attention.largest_logit(query_scale)
         attention = functools.partial(tpu_attention.attention, bound=bound)
     if NAME != "jax" or query.dtype != "float16" or _platform() == "gpu":
         return attention(query, key, value, mask=mask)

@@ -134,7 +134,7 @@ class CrossAttention(keras.layers.Layer):
             self.norm_query(query),
             ops.rms_normalization(key),
             value,
-            bound=largest_logit(self.norm_query),
+            query_scale=self.norm_query.scale,
             mask=mask[:, None, None],
         )
         attended = ops.reshape(attended, (-1, height, width, channels))
@@ -174,18 +174,3 @@ def split_heads(
         ops.einsum("blc,chd->blhd", tokens, kernels[:, i]) + biases[i]
         for i in range(parts[0])
     ]
-
-
-def largest_logit(norm_query: keras.layers.RMSNormalization) -> Tensor:
-    """What no logit exceeds in size, if keys are normalised, unscaled.
-
-    Args:
-        norm_query: The queries' normalisation per head.
-
-    Returns:
-        Scalar, float32.
-    """
-    # A normalised vector's length is the root of its channels, and of these
-    # the product's scale takes one back.
-    scale = ops.cast(norm_query.scale, "float32")
-    return ops.max(ops.abs(scale)) * scale.shape[0] ** 0.5

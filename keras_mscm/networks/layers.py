@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
-from keras_mscm.networks.context import CrossAttention, largest_logit, split_heads
+from keras_mscm.networks.context import CrossAttention, split_heads
 from keras_mscm.networks.dropout import Dropout
 from keras_mscm.networks.normalization import GroupNormalization
 
@@ -262,7 +262,7 @@ class TransformerBlock(keras.layers.Layer):
             self.norm_query(query),
             ops.rms_normalization(key),
             value,
-            bound=largest_logit(self.norm_query),
+            query_scale=self.norm_query.scale,
         )
         attended = ops.reshape(attended, (-1, height, width, channels))
         return self.attention_output(attended)

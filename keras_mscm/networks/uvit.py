@@ -253,7 +253,7 @@ class UViT(keras.Model):
         self.unpool.build(maps[-1])
         for i in range(len(self.widths) - 1):
             self.widen[i].build((*maps[i + 1][:-1], self.widths[i]))
-            self.narrow[i].build((*maps[i][:-1], self.widths[i + 1]))
+            self.narrow[i].build(maps[i + 1])
         for i, position in enumerate(self.positions):
             if position:
                 position.build(maps[i])
@@ -311,7 +311,8 @@ class UViT(keras.Model):
             maps = block((maps, *conditions[-1]), training=training)
 
         for stage in reversed(range(len(self.up))):
-            maps = self.narrow[stage](self.unpool(maps))
+            # As after unpooling, to each place the same: for a quarter of them.
+            maps = self.unpool(self.narrow[stage](maps))
             for block in self.up[stage]:
                 maps = maps + skips.pop()
                 maps = block((maps, *conditions[stage]), training=training)
@@ -347,8 +348,8 @@ class UViT(keras.Model):
             extra = [length] if self.attention[stage] else []
             flops += sum(block.flops(*sides, *extra) for block in blocks)
         for i, (widen, narrow) in enumerate(zip(self.widen, self.narrow)):
-            flops += 2 * math.prod(self._sides[i + 1] + widen.kernel.shape)
-            flops += 2 * math.prod(self._sides[i] + narrow.kernel.shape)
+            for dense in (widen, narrow):
+                flops += 2 * math.prod(self._sides[i + 1] + dense.kernel.shape)
         return flops
 
     @classmethod
