@@ -196,11 +196,36 @@ def tables(results):
         head = ["K", "DDIM", "DDIM, paper", "aDDIM", "aDDIM, paper"]
         done += ["### Table 4: the teacher's step", "", *markdown(head, lines)]
     lines = [
+        [
+            *(_settings_of(row, settings)),
+            f"{row['frechet_distance']:.4f}",
+            cell(results.ratio([row["frechet_distance"]])),
+        ]
+        for row in results.rows
+        if row["kind"] == "further"
+    ]
+    if lines:
+        head = ["K", "teacher steps", "iterations", "distance", "ratio"]
+        done += [
+            "### Where a target was missed: further students (CD)",
+            "",
+            *markdown(head, lines),
+        ]
+    lines = [
         [claim, said, f"**{verdict}**" if verdict != "confirmed" else verdict]
         for claim, said, verdict in verdicts(results)
     ]
     head = ["claim", "measured", "reading"]
     return done + ["### Reading", "", *markdown(head, lines)]
+
+
+def _settings_of(row, settings):
+    """K, teacher steps and iterations of a student, in words."""
+    steps = row["teacher_steps"] or settings["anneal"]
+    if isinstance(steps, list):
+        steps = f"{max(steps[0], row['student_steps'])} to {steps[1]}"
+    iterations = row.get("iterations", settings["student"]["iterations"])
+    return row["student_steps"], steps, iterations
 
 
 def plots(results):

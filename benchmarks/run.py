@@ -55,9 +55,11 @@ CURVES = {
 }
 
 
+CD = {"method": "distillation", "integrator": "addim", "teacher_steps": 0}
+
+
 def students(table, settings):
     """What a table of the paper is made of: a dictionary per student."""
-    cd = {"method": "distillation", "integrator": "addim", "teacher_steps": 0}
     steps = {1: (8, 4, 16, 2, 1), 2: (1, 2, 4, 8), 3: (8, 4, 2, 1)}
     if table == 1:
         varied = [{}, {"method": "training"}]
@@ -69,7 +71,7 @@ def students(table, settings):
     else:
         varied = [{"integrator": "ddim"}]
     return [
-        {"student_steps": k, **cd, **change}
+        {"student_steps": k, **CD, **change}
         for k in steps.get(table, (4, 2, 8, 1))
         for change in varied
     ]
@@ -187,11 +189,25 @@ class Experiment:
         )
         return self.judge.judge(images)
 
-    def student(self, method, student_steps, integrator, teacher_steps):
-        """A student, trained, saved and judged."""
+    def student(
+        self,
+        method,
+        student_steps,
+        integrator,
+        teacher_steps,
+        iterations=None,
+    ):
+        """A student, trained, saved and judged.
+
+        `teacher_steps` is a number, two to be annealed from and to, or 0 for
+        those of the settings.
+        """
         settings, budget = self.settings, dict(self.settings["student"])
         name = f"{self.name}_{method}_{student_steps}_{integrator}"
         name += f"_{teacher_steps}_{self.seed}"
+        if iterations:
+            budget["iterations"] = iterations
+            name += f"_{iterations}"
         iterations, optimizer, callbacks = budget["iterations"], None, []
         common = dict(
             student_steps=student_steps,
@@ -219,16 +235,17 @@ class Experiment:
             )
             optimizer = keras.optimizers.Adam(decay, beta_2=0.99)
         else:
+            annealed = teacher_steps or settings["anneal"]
+            if isinstance(annealed, list):
+                start, end = max(annealed[0], student_steps), annealed[1]
+                callbacks = [TeacherStepAnneal(start, end, iterations // 2)]
+                teacher_steps = start
             model = MultistepConsistencyModel.from_teacher(
                 self.teacher,
                 method=method,
-                teacher_steps=teacher_steps or student_steps,
+                teacher_steps=teacher_steps,
                 **common,
             )
-            if not teacher_steps:
-                start, end = settings["anneal"]
-                start = max(start, student_steps)
-                callbacks = [TeacherStepAnneal(start, end, iterations // 2)]
         path, seconds = MODELS / f"{name}.keras", None
         if path.is_file():
             model = keras.saving.load_model(path)
@@ -275,6 +292,8 @@ def tasks(settings):
             if student not in done:
                 done.append(student)
                 yield dict(kind="student", **student), "student"
+    for change in settings.get("further", []):
+        yield dict(kind="further", **CD | change), "student"
     for n in (1, 2, 4, 8, 16, 64, 512):
         yield dict(kind="time", num_steps=n), "seconds_per_image"
     if settings.get("curves"):
