@@ -28,6 +28,7 @@ curve_steps = [8, 512]
 anneal = [8, 16]
 constant_teacher_steps = [16, 32, 64]
 progressive_start = 16
+further = [{ student_steps = 2, teacher_steps = [4, 8], iterations = 30 }]
 teacher = { iterations = 20, batch_size = 4, learning_rate = 1e-3 }
 student = { iterations = 20, batch_size = 4, learning_rate = 1e-3 }
 [gpu]
@@ -54,6 +55,7 @@ def some_tasks(settings):
             ("curve", "heun"),
             ("student", "distillation"),
             ("student", "progressive"),
+            ("further", "distillation"),
             ("time", None),
         },
     )
@@ -92,7 +94,7 @@ def ran(tmp_path_factory):
 def test_a_run_goes_on_where_it_was(ran):
     folder, tasks, first, teacher = ran
     kinds = {key["kind"] for key, _ in tasks}
-    assert kinds == {"real", "curve", "student", "time"}
+    assert kinds == {"real", "curve", "student", "further", "time"}
     rows = run.read_results("tiny")
     assert rows[: len(first)] == first
     assert len(rows) == len(tasks)
@@ -180,3 +182,4 @@ def test_report_makes_tables_and_plots(ran):
         if r["kind"] == "curve"
     )
     assert f"{row['frechet_distance'] / best:.3f}" in text
+    assert "| 2 | 4 to 8 | 30 |" in text
