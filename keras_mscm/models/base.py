@@ -549,13 +549,11 @@ class DenoisingModel(keras.Model):
             for name, value in conditioning.items()
             if value is not None
         }
-        if "labels" in given:
-            checks.check_labels("labels", given["labels"], self.num_classes)
         counts = {}
         if num_images is not None:
             checks.check_positive_integer("num_images", num_images)
             counts["num_images"] = int(num_images)
-        counts |= {name: len(value) for name, value in given.items()}
+        counts |= {name: len(v) for name, v in given.items() if v.ndim}
         if noise is not None:
             # An array stays one: the compiled sampler takes it as it is.
             convert = np.asarray
