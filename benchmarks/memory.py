@@ -9,7 +9,9 @@ gradient accumulated over 4 batches of 8, and all at once. On JAX, whose
 compiler tells how much memory a step needs besides the state that it is given.
 Every setting runs in a process of its own. Its time is CPU time, which other
 work on the machine changes little. What a pass of the network keeps for the
-gradient is told by PyTorch, with and without rematerialisation.
+gradient is told by PyTorch, with and without rematerialisation. The same
+settings on TPUs, with more images, are the planner's (`pip install
+'keras-mscm[tpu]'`).
 """
 
 import json
@@ -30,6 +32,7 @@ from benchmarks.speed.rows import emit
 from keras_mscm import DiffusionModel, MultistepConsistencyModel, UViT
 
 PRESET, IMAGES = "colour64", 32
+TOPOLOGY, IMAGES_ON_TPUS = "v5e:2x2", 1024
 SETTINGS = {
     "float32": {},
     "mixed_bfloat16": {"dtype": "mixed_bfloat16"},
@@ -99,6 +102,55 @@ def kept(remat):
     emit(kept_mib=sum(sizes.values()) / 2**20, of=tuple(outputs.shape))
 
 
+def planned(dtype="float32", remat=False, batches=1):
+    """The planner's plan of one of the settings."""
+    words = [f"--preset={PRESET}", f"--topology={TOPOLOGY}", f"--dtype={dtype}"]
+    words += ["--method=distillation", "--json"]
+    words += [f"--batch-size={IMAGES_ON_TPUS // batches}"]
+    words += ["--remat"] if remat else []
+    if batches > 1:
+        words += [f"--gradient-accumulation-steps={batches}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_mscm.plan", *words],
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def table_of_plans(plans):
+    """Markdown: memory per chip, and seconds of an update."""
+    first = next(iter(plans.values()))
+    lines = [
+        "",
+        f"The same on TPUs that aren't there, {TOPOLOGY}, {IMAGES_ON_TPUS} "
+        "images to an update: the compiler's estimate by `python -m "
+        "keras_mscm.plan`, with libtpu "
+        f"{first['versions']['libtpu']}.",
+        "",
+        "| | temporaries, GiB per chip | state, GiB | together, of float32 | "
+        "an update, ms | of float32 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def numbers(what):
+        plan, batches = plans[what], SETTINGS[what].get("batches", 1)
+        memory = plan["memory_gib"]
+        seconds = batches * plan["seconds"]["step"]
+        return memory["temporaries"], memory["arguments"], seconds
+
+    for what in plans:
+        temporaries, state, seconds = numbers(what)
+        plain = numbers("float32")
+        lines.append(
+            f"| {what} | {temporaries:.2f} | {state:.2f} | "
+            f"{(temporaries + state) / sum(plain[:2]):.2f} | "
+            f"{1000 * seconds:.0f} | {seconds / plain[2]:.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
 def table(rows, without, rematerialised):
     """Markdown, with what the numbers depend on."""
     told = circumstances()
@@ -161,6 +213,8 @@ def main():
     if len(sys.argv) == 1:
         rows = [run("jax", what) for what in SETTINGS]
         text = table(rows, *(run("torch", str(on)) for on in (False, True)))
+        plans = {what: planned(**how) for what, how in SETTINGS.items()}
+        text += table_of_plans(plans)
         Path(__file__).with_suffix(".md").write_text(text)
     elif sys.argv[1] in SETTINGS:
         measure(sys.argv[1], **SETTINGS[sys.argv[1]])

@@ -29,8 +29,9 @@ PAPER = {
     "imagenet128_large": ("v5e:16x16", 2.2, 1.8),
     "text_to_image_512": ("v5e:16x16", None, 0.71),
 }
-# What doesn't fit on a chip is divided among all.
-SHARDED = ("imagenet64_large", "imagenet128_large", "text_to_image_512")
+# Here each chip has room for all weights. Elsewhere they are divided among the
+# chips, as they don't fit, or leave too little room for the rest of the step.
+WHOLE = [("imagenet64_small", "training")]
 COLUMNS = (
     "network",
     "slice",
@@ -51,7 +52,7 @@ def options(preset, method):
     chosen = {"preset": preset, "topology": topology, "method": method}
     chosen |= {"batch-size": BATCH_SIZE}
     words = [f"--{name}={value}" for name, value in chosen.items()]
-    if preset in SHARDED and method != "generate":
+    if method != "generate" and (preset, method) not in WHOLE:
         words.append("--shard-weights")
     return words
 

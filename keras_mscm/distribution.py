@@ -11,8 +11,9 @@ Keras distributes; here is only what it needs to know of the network. On JAX:
 before the first network is made. `keras.distribution.DataParallel()` needs no
 layout: each device holds all weights. With several processes,
 `keras.distribution.initialize(...)` comes first. On TensorFlow, make and
-compile the model within the scope of a `tf.distribute.MirroredStrategy`. Keras
-distributes nothing on PyTorch.
+compile the model within the scope of a `tf.distribute.MirroredStrategy`; Keras
+can't train under the one for several machines. It distributes nothing on
+PyTorch.
 
 The trained network, its moving average, the teacher within a student and the
 optimizer's state are laid out alike. Results don't depend on the number of

@@ -18,10 +18,6 @@ os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={plan['devices']} "
     "--xla_backend_optimization_level=0"
 )
-if "workers" in plan:
-    task = {"type": "worker", "index": plan["worker"]}
-    cluster = {"worker": plan["workers"]}
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
 if plan["backend"] == "tensorflow":
     import tensorflow as tf
 
@@ -55,8 +51,6 @@ def strategy(case):
     layout, number = case["layout"], case.get("devices", 1)
     if layout is None:
         return contextlib.nullcontext()
-    if layout == "multi_worker":
-        return tf.distribute.MultiWorkerMirroredStrategy().scope()
     if plan["backend"] == "tensorflow":
         devices = [f"CPU:{i}" for i in range(number)]
         return tf.distribute.MirroredStrategy(devices).scope()

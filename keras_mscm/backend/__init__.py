@@ -111,6 +111,18 @@ def replica() -> tuple[Any, int]:
     return 0, 1
 
 
+def has_several_workers(model: keras.Model) -> bool:
+    """Whether a strategy of `tf.distribute` spreads it over machines.
+
+    Args:
+        model: Model that was compiled within the strategy's scope.
+    """
+    if NAME != "tensorflow":
+        return False
+    several = tf.distribute.MultiWorkerMirroredStrategy
+    return isinstance(model.distribute_strategy, several)
+
+
 def shares(model: keras.Model) -> int:
     """Among how many a batch that this process gives to Keras is divided.
 

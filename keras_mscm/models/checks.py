@@ -285,7 +285,15 @@ def check_data(
 
 
 def check_distribution(model: keras.Model) -> None:
-    """Raises if Keras would accept its distribution and not distribute."""
+    """Raises if Keras would not distribute, or fail with another reason."""
+    if backend.has_several_workers(model):
+        raise ValueError(
+            "`tf.distribute.MultiWorkerMirroredStrategy` must not be used: the "
+            "`fit` of Keras 3 fails under it (keras-team/keras#20585). For "
+            "several machines use JAX (`keras.distribution.initialize`); on "
+            "one, `tf.distribute.MirroredStrategy`. Received: a model that was "
+            "compiled within its scope"
+        )
     distribution = keras.distribution.distribution()
     if distribution is None:
         return
