@@ -77,6 +77,10 @@ class Results:
             teacher_steps=steps,
         )
 
+    def further(self):
+        """The rows of students beside the tables."""
+        return [row for row in self.rows if row["kind"] == "further"]
+
     def best(self):
         """The teacher's best by any sampler, per seed."""
         seeds = sorted({row["seed"] for row in self.rows})
@@ -201,8 +205,7 @@ def tables(results):
             f"{row['frechet_distance']:.4f}",
             cell(results.ratio([row["frechet_distance"]])),
         ]
-        for row in results.rows
-        if row["kind"] == "further"
+        for row in results.further()
     ]
     if lines:
         head = ["K", "teacher steps", "iterations", "distance", "ratio"]
@@ -239,11 +242,12 @@ def plots(results):
     shown = []
     for name, (draw, title) in drawn.items():
         figure = draw(results)
-        if figure is None:
-            continue
         path = FOLDER / "results" / f"{results.name}_{results.size}_{name}.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
+        if figure:
+            figure.savefig(path, dpi=130)
+            plt.close(figure)
+        elif not path.is_file():  # of models that are elsewhere it stays
+            continue
         shown += [f"![{title}]({path.relative_to(FOLDER)})", ""]
     return shown
 

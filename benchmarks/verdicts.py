@@ -58,18 +58,29 @@ def _better_with_more_steps(results, method, name):
 def _annealing(results):
     claims = []
     for k in (1, 2, 4, 8):
-        annealed = results.student(k)
+        start, end = results.settings["anneal"]
+        annealed = {f"{start} to {end}": results.student(k)}
         constant = {
-            n: _mean(values)
+            n: results.student(k, steps=n)
             for n in results.settings["constant_teacher_steps"]
-            if (values := results.student(k, steps=n))
         }
-        if annealed and constant:
-            held = [_mean(annealed) <= value for value in constant.values()]
-            said = f"{_mean(annealed):.4f}; " + ", ".join(
+        for row in results.further():
+            steps, value = row["teacher_steps"], [row["frechet_distance"]]
+            if row["student_steps"] != k or "iterations" in row:
+                continue
+            if isinstance(steps, list):
+                annealed["{} to {}".format(*steps)] = value
+            else:
+                constant[steps] = value
+        constant = {n: _mean(v) for n, v in sorted(constant.items()) if v}
+        for steps, values in annealed.items():
+            if not values or not constant:
+                continue
+            said = f"{_mean(values):.4f}; " + ", ".join(
                 f"{n}: {value:.4f}" for n, value in constant.items()
             )
-            claim = f"K = {k}: annealing better than constant teacher steps"
+            held = [_mean(values) <= value for value in constant.values()]
+            claim = f"K = {k}: teacher steps from {steps} better than constant"
             claims.append((claim, said, _verdict(held)))
     return claims
 

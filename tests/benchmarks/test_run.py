@@ -120,8 +120,8 @@ class Known(report.Results):
 
     def __init__(self, students, rows=()):
         self.students = students
-        self.settings = {"constant_teacher_steps": [16]}
-        self.rows = [dict(kind="curve", seed=0, frechet_distance=1.0)]
+        self.settings = {"constant_teacher_steps": [16], "anneal": [8, 32]}
+        self.rows = [dict(kind="curve", seed=0, frechet_distance=1.0), *rows]
 
     def student(self, k, method="distillation", integrator="addim", steps=0):
         return self.students.get((k, method, integrator, steps), [])
@@ -132,8 +132,8 @@ def cd(k):
 
 
 def test_verdicts_can_confirm_and_contradict():
-    def read(students):
-        return {claim: said for claim, _, said in verdicts(Known(students))}
+    def read(*known):
+        return {claim: said for claim, _, said in verdicts(Known(*known))}
 
     good = read({cd(1): [2.0], cd(8): [1.05]})
     assert good["CD at K = 8 within 1.07 of the teacher's best"] == "confirmed"
@@ -149,9 +149,20 @@ def test_verdicts_can_confirm_and_contradict():
     assert read({cd(8): [2.0], ddim: [1.0]})[claim] == "contradicted"
 
     constant = 1, "distillation", "addim", 16
-    claim = "K = 1: annealing better than constant teacher steps"
-    assert read({cd(1): [1.0], constant: [2.0]})[claim] == "confirmed"
-    assert read({cd(1): [2.0], constant: [1.0]})[claim] == "contradicted"
+    claim = "K = 1: teacher steps from {} to {} better than constant".format
+    told = read({cd(1): [1.0], constant: [2.0]})
+    assert told[claim(8, 32)] == "confirmed"
+    told = read({cd(1): [2.0], constant: [1.0]})
+    assert told[claim(8, 32)] == "contradicted"
+    further = dict(kind="further", seed=0, student_steps=1)
+    rows = [
+        further | {"teacher_steps": [2, 8], "frechet_distance": 0.5},
+        further | {"teacher_steps": 4, "frechet_distance": 0.7},
+        further | {"teacher_steps": 0, "iterations": 9, "frechet_distance": 0},
+    ]
+    told = read({cd(1): [0.8], constant: [1.0]}, rows)
+    assert told[claim(2, 8)] == "confirmed"
+    assert told[claim(8, 32)] == "not confirmed"
 
 
 def test_report_makes_tables_and_plots(ran):
