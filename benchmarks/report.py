@@ -265,6 +265,13 @@ def draw_evaluations(results):
         ]
         if points:
             axes.plot(*zip(*points), "o-", label=name)
+    further = {}
+    for row in results.further():
+        k, distance = row["student_steps"], row["frechet_distance"]
+        further[k] = min(distance, further.get(k, distance))
+    if further:
+        label = "CD, best of further settings"
+        axes.plot(further.keys(), further.values(), "k*", label=label)
     _finish(axes, results, "evaluations of the network per image")
     return figure
 
@@ -347,7 +354,7 @@ def draw_neighbours(results, count=12):
 def _line(axes, results, label, sampler, grid="cosine"):
     points = [
         (n, np.mean(values))
-        for n in sorted(results.settings["curve_steps"])
+        for n in sorted({row.get("num_steps", 0) for row in results.rows})
         if (
             values := results.values(
                 kind="curve", sampler=sampler, grid=grid, num_steps=n
@@ -367,6 +374,10 @@ def _finish(axes, results, xlabel):
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=7)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("Fréchet distance")
     axes.grid(alpha=0.3, which="both")
