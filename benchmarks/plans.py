@@ -31,7 +31,7 @@ PAPER = {
 }
 # Here each chip has room for all weights. Elsewhere they are divided among the
 # chips, as they don't fit, or leave too little room for the rest of the step.
-WHOLE = [("imagenet64_small", "training")]
+WHOLE = ("imagenet64_small",)
 COLUMNS = (
     "network",
     "slice",
@@ -52,7 +52,7 @@ def options(preset, method):
     chosen = {"preset": preset, "topology": topology, "method": method}
     chosen |= {"batch-size": BATCH_SIZE}
     words = [f"--{name}={value}" for name, value in chosen.items()]
-    if method != "generate" and (preset, method) not in WHOLE:
+    if method != "generate" and preset not in WHOLE:
         words.append("--shard-weights")
     return words
 
