@@ -98,7 +98,7 @@ class UViT(keras.Model):
     >>> network.count_params()
     336673
     >>> network.flops()  # of one image
-    117762048
+    115353600
 
     Reference:
         Hoogeboom et al., *simple diffusion*, 2023; Multistep Consistency

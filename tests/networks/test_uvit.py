@@ -478,7 +478,7 @@ def test_flops_in_closed_form(tiny_uvit):
     products = 2 * (resnet + transformer(c_1, n_1) + transformer(c_2, n_2))
     products += 2 * e**2 + w * e + 2 * n_0 * pixels * c_0
     products += n_1 * c_0 * c_1 + n_2 * c_1 * c_2  # after pooling
-    products += n_1 * c_1 * c_2 + n_0 * c_0 * c_1  # after unpooling
+    products += n_2 * c_1 * c_2 + n_1 * c_0 * c_1  # before unpooling
     assert network.flops(context_length=5) == 2 * products
 
 
