@@ -168,6 +168,8 @@ def split_heads(
     Returns:
         A list of `(batch, length, heads, channels of a head)`.
     """
+    # As Keras does on the way into a layer.
+    tokens = ops.cast(tokens, dense.compute_dtype)
     kernels = ops.reshape(dense.kernel, (-1, *parts))
     biases = ops.reshape(dense.bias, parts)
     return [
