@@ -168,10 +168,14 @@ def split_heads(
     Returns:
         A list of `(batch, length, heads, channels of a head)`.
     """
-    # As Keras does on the way into a layer.
-    tokens = ops.cast(tokens, dense.compute_dtype)
-    kernels = ops.reshape(dense.kernel, (-1, *parts))
-    biases = ops.reshape(dense.bias, parts)
+    # Keras casts on the way into a layer; nor is its scope for weights there
+    # when PyTorch computes a block again.
+    tokens, kernel, bias = (
+        ops.cast(x, dense.compute_dtype)
+        for x in (tokens, dense.kernel, dense.bias)
+    )
+    kernels = ops.reshape(kernel, (-1, *parts))
+    biases = ops.reshape(bias, parts)
     return [
         ops.einsum("blc,chd->blhd", tokens, kernels[:, i]) + biases[i]
         for i in range(parts[0])
