@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks.speed.__main__ import circumstances
 from benchmarks.speed.models import arrays, state_of
 from benchmarks.speed.rows import emit
+from benchmarks.tables import markdown
 from keras_mscm import DiffusionModel, MultistepConsistencyModel, UViT
 
 PRESET, IMAGES = "colour64", 32
@@ -121,18 +122,7 @@ def planned(dtype="float32", remat=False, batches=1):
 
 def table_of_plans(plans):
     """Markdown: memory per chip, and seconds of an update."""
-    first = next(iter(plans.values()))
-    lines = [
-        "",
-        f"The same on TPUs that aren't there, {TOPOLOGY}, {IMAGES_ON_TPUS} "
-        "images to an update: the compiler's estimate by `python -m "
-        "keras_mscm.plan`, with libtpu "
-        f"{first['versions']['libtpu']}.",
-        "",
-        "| | temporaries, GiB per chip | state, GiB | together, of float32 | "
-        "an update, ms | of float32 |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    libtpu = plans["float32"]["versions"]["libtpu"]
 
     def numbers(what):
         plan, batches = plans[what], SETTINGS[what].get("batches", 1)
@@ -140,15 +130,30 @@ def table_of_plans(plans):
         seconds = batches * plan["seconds"]["step"]
         return memory["temporaries"], memory["arguments"], seconds
 
+    first, rows = numbers("float32"), []
     for what in plans:
         temporaries, state, seconds = numbers(what)
-        plain = numbers("float32")
-        lines.append(
-            f"| {what} | {temporaries:.2f} | {state:.2f} | "
-            f"{(temporaries + state) / sum(plain[:2]):.2f} | "
-            f"{1000 * seconds:.0f} | {seconds / plain[2]:.2f} |"
+        rows.append(
+            [
+                what,
+                f"{temporaries:.2f}",
+                f"{state:.2f}",
+                f"{(temporaries + state) / sum(first[:2]):.2f}",
+                f"{1000 * seconds:.0f}",
+                f"{seconds / first[2]:.2f}",
+            ]
         )
-    return "\n".join([*lines, ""])
+    head = ["", "temporaries, GiB per chip", "state, GiB per chip"]
+    head += ["together, of float32", "an update, ms", "of float32"]
+    lines = [
+        "",
+        f"The same on TPUs that aren't there, {TOPOLOGY}, {IMAGES_ON_TPUS} "
+        "images to an update: the compiler's estimate by `python -m "
+        f"keras_mscm.plan`, with libtpu {libtpu}.",
+        "",
+        *markdown(head, rows),
+    ]
+    return "\n".join(lines)
 
 
 def table(rows, without, rematerialised):
@@ -170,23 +175,27 @@ def table(rows, without, rematerialised):
         "network, moving average and teacher, Adam's moments, accumulated "
         "gradients. Time: of an update, on both cores together.",
         "",
-        "| | temporaries, MiB | state, MiB | together, of float32 | CPU time, "
-        "s | of float32 |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
-    first = rows[0]
+    first, cells = rows[0], []
     for row in rows:
         memory, plain = (
             r["temporaries_mib"] + r["state_mib"] for r in (row, first)
         )
         slower = row["cpu_seconds"] / first["cpu_seconds"]
-        lines.append(
-            f"| {row['what']} | {row['temporaries_mib']:.0f} | "
-            f"{row['state_mib']:.0f} | {memory / plain:.2f} | "
-            f"{row['cpu_seconds']:.2f} | {slower:.2f} |"
+        cells.append(
+            [
+                row["what"],
+                f"{row['temporaries_mib']:.0f}",
+                f"{row['state_mib']:.0f}",
+                f"{memory / plain:.2f}",
+                f"{row['cpu_seconds']:.2f}",
+                f"{slower:.2f}",
+            ]
         )
+    head = ["", "temporaries, MiB", "state, MiB", "together, of float32"]
+    head += ["CPU time, s", "of float32"]
     lines += [
-        "",
+        *markdown(head, cells),
         "On a CPU XLA computes the blocks twice and saves nothing by it: it "
         "seems to drop the barriers that rematerialisation consists of. "
         "PyTorch follows them: a pass of this network keeps "
@@ -200,7 +209,7 @@ def run(backend, what):
     """The row of one process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", what],
-        env={**os.environ, "KERAS_BACKEND": backend},
+        env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -17,7 +17,9 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from benchmarks import tables
 from keras_mscm.plan import markdown
+from keras_mscm.plan.steps import METHODS
 
 FOLDER = Path(__file__).parent / "plans"
 BATCH_SIZE = 2048
@@ -73,10 +75,10 @@ def make(preset, method):
     if done.returncode:
         print(f"no plan of {preset}, {method}: exit {done.returncode}")
         return
-    file.write_text(done.stdout)
     command = f"python -m keras_mscm.plan {' '.join(words)}"
     table = markdown(json.loads(done.stdout))
     file.with_suffix(".md").write_text(f"```\n{command}\n```\n\n{table}\n")
+    file.write_text(done.stdout)  # last, as it says that the plan is there
 
 
 def row(preset, method, plan):
@@ -103,18 +105,17 @@ def overview():
     """All plans that there are, beside the paper's rates."""
     rows = []
     for preset in PAPER:
-        for method in ("training", "distillation", "generate"):
+        for method in METHODS:
             file = FOLDER / f"{preset}_{method}.json"
             if file.is_file():
                 rows.append(row(preset, method, json.loads(file.read_text())))
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(tables.markdown(COLUMNS, rows))
     head = __doc__.split("\n")[0]
     (FOLDER / "README.md").write_text(
         f"# {head}\n\n`python -m benchmarks.plans`, batch {BATCH_SIZE}, mixed "
         "bfloat16, Adam, moving average. The compiler's estimate, not a "
         "measurement, beside the rate that the paper measured; for `generate` "
-        f"8 student steps are one step.\n\n{table}\n"
+        f"8 student steps are one step.\n\n{table}"
     )
 
 
@@ -124,7 +125,7 @@ def main():
     )
     parser.add_argument("--only", nargs="+", choices=PAPER, default=list(PAPER))
     parser.add_argument(
-        "--methods", nargs="+", default=["training", "distillation", "generate"]
+        "--methods", nargs="+", choices=METHODS, default=METHODS
     )
     args = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)

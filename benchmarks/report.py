@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.run import MODELS, read_results, read_settings
+from benchmarks.tables import markdown
 from benchmarks.verdicts import verdicts
 
 matplotlib.use("Agg")
@@ -101,15 +102,10 @@ def cell(values, digits=3):
     return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def markdown(head, lines):
-    rows = [head, ["---"] * len(head), *lines]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
-
-
 def tables(results):
     """The paper's tables, each beside the paper's own numbers."""
     settings, done = results.settings, []
-    row = results.rows[-1]
+    row = [r for r in results.rows if "extractor" in r][-1]
     versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
     seeds = sorted({r["seed"] for r in results.rows})
     best = results.best()

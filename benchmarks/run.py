@@ -53,8 +53,6 @@ CURVES = {
     "ddpm": (samplers.DDPM, {}),
     "heun": (samplers.Heun, {}),
 }
-
-
 CD = {"method": "distillation", "integrator": "addim", "teacher_steps": 0}
 
 

@@ -12,11 +12,10 @@ from keras_mscm import backend, losses, samplers
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import checks
-from keras_mscm.models.base import (
+from keras_mscm.models.base import DenoisingModel, Example
+from keras_mscm.models.denoiser import (
     CONDITIONING_DTYPES,
     Conditioning,
-    DenoisingModel,
-    Example,
     Sampler,
 )
 from keras_mscm.schedules import NoiseSchedule

@@ -3,7 +3,8 @@
 import keras
 
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models.base import Conditioning, Example
+from keras_mscm.models.base import Example
+from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.teacher import TaughtModel
 

@@ -11,7 +11,8 @@ from keras_mscm import backend, losses
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import checks
-from keras_mscm.models.base import Conditioning, Example
+from keras_mscm.models.base import Example
+from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.student import StudentModel
 
 METHODS = ("distillation", "training")

@@ -6,7 +6,8 @@ import keras
 
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import checks
-from keras_mscm.models.base import Conditioning, DenoisingModel, clone_network
+from keras_mscm.models.base import DenoisingModel, clone_network
+from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.diffusion import DiffusionModel
 
 

@@ -6,9 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
-from keras_mscm.networks.context import CrossAttention, split_heads
+from keras_mscm.networks.attention import CrossAttention, attend, split_heads
 from keras_mscm.networks.dropout import Dropout
 from keras_mscm.networks.normalization import GroupNormalization
 
@@ -258,12 +257,7 @@ class TransformerBlock(keras.layers.Layer):
             self.query_key_value,
             (3, self.num_heads, self.head_width),
         )
-        attended = backend.dot_product_attention(
-            self.norm_query(query),
-            ops.rms_normalization(key),
-            value,
-            query_scale=self.norm_query.scale,
-        )
+        attended = attend(query, key, value, self.norm_query)
         attended = ops.reshape(attended, (-1, height, width, channels))
         return self.attention_output(attended)
 

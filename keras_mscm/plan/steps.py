@@ -9,7 +9,7 @@ import keras
 
 from keras_mscm import preset_files, samplers
 from keras_mscm.distribution import fully_sharded
-from keras_mscm.models.base import CONDITIONING_DTYPES
+from keras_mscm.models.denoiser import CONDITIONING_DTYPES
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
 from keras_mscm.plan import compiler

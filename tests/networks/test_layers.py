@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_mscm.networks.context import ContextEmbedding, CrossAttention
+from keras_mscm.networks.attention import CrossAttention
+from keras_mscm.networks.context import ContextEmbedding
 from keras_mscm.networks.layers import (
     NoiseLevelEmbedding,
     PositionEmbedding,

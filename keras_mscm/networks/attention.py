@@ -1,0 +1,143 @@
+"""Attention of several heads, whose queries and keys are normalised."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_mscm import backend
+from keras_mscm.functional.process import Tensor
+
+
+def split_heads(
+    tokens: Tensor, dense: keras.layers.Dense, parts: tuple[int, int, int]
+) -> list[Tensor]:
+    """A dense layer's output in parts, of several heads each.
+
+    Each part is a product of its own. On TPUs, to cut it out of a larger one,
+    and to change the order of its axes, takes longer than the product.
+
+    Args:
+        tokens: `(batch, length, channels)`.
+        dense: Dense layer with bias, without activation.
+        parts: Number of parts, heads of each, and channels of a head.
+
+    Returns:
+        A list of `(batch, length, heads, channels of a head)`.
+    """
+    # Keras casts on the way into a layer; nor is its scope for weights there
+    # when PyTorch computes a block again.
+    tokens, kernel, bias = (
+        ops.cast(x, dense.compute_dtype)
+        for x in (tokens, dense.kernel, dense.bias)
+    )
+    kernels = ops.reshape(kernel, (-1, *parts))
+    biases = ops.reshape(bias, parts)
+    return [
+        ops.einsum("blc,chd->blhd", tokens, kernels[:, i]) + biases[i]
+        for i in range(parts[0])
+    ]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_query: keras.layers.RMSNormalization,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of queries and keys that are normalised per head.
+
+    Args:
+        query: `(batch, places, heads, channels)`.
+        key: `(batch, length, heads, channels)`.
+        value: `(batch, length, heads, channels)`.
+        norm_query: The queries' normalisation. The keys' needs no scale, as
+            what multiplies the one multiplies the other.
+        mask: True where a key counts, of a shape that broadcasts to `(batch,
+            heads, places, length)`. None if all do.
+
+    Returns:
+        `(batch, places, heads, channels)`.
+
+    Reference:
+        Dehghani et al., *Scaling vision transformers to 22 billion
+        parameters*, 2023.
+    """
+    return backend.dot_product_attention(
+        norm_query(query),
+        ops.rms_normalization(key),
+        value,
+        query_scale=norm_query.scale,
+        mask=mask,
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class CrossAttention(keras.layers.Layer):
+    """Each place of the feature maps attends to a sequence.
+
+    Queries and keys are normalised per head, as in `TransformerBlock`.
+
+    Args:
+        head_width: Width of an attention head; must divide the channels.
+        **kwargs: As for any Keras layer.
+
+    Call arguments:
+        inputs: Feature maps, `(batch, height, width, channels)`; tokens,
+            `(batch, length, context_width)`; and their mask, `(batch,
+            length)`, True for at least one token of each image.
+
+    Call returns:
+        What is to be added to the feature maps.
+    """
+
+    def __init__(self, head_width: int = 64, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.head_width = head_width
+
+    def build(self, input_shape: tuple) -> None:
+        maps, tokens, _ = input_shape
+        width, policy = maps[-1], self.dtype_policy
+        self.num_heads = width // self.head_width
+
+        def dense(units, name, **kw):
+            return keras.layers.Dense(units, dtype=policy, name=name, **kw)
+
+        self.norm_query = keras.layers.RMSNormalization(
+            dtype=policy, name="norm_query"
+        )
+        self.query = dense(width, "query")
+        self.key_value = dense(2 * width, "key_value")
+        self.attention_output = dense(
+            width, "attention_output", kernel_initializer="zeros"
+        )
+        self.norm_query.build((None, None, self.num_heads, self.head_width))
+        self.query.build(maps)
+        self.key_value.build(tokens)
+        self.attention_output.build(maps)
+
+    def call(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        maps, tokens, mask = inputs
+        _, height, width, channels = maps.shape
+        heads = (self.num_heads, self.head_width)
+        places = ops.reshape(maps, (-1, height * width, channels))
+        (query,) = split_heads(places, self.query, (1, *heads))
+        key, value = split_heads(tokens, self.key_value, (2, *heads))
+        attended = attend(
+            query, key, value, self.norm_query, mask[:, None, None]
+        )
+        attended = ops.reshape(attended, (-1, height, width, channels))
+        return self.attention_output(attended)
+
+    def flops(self, height: int, width: int, length: int) -> int:
+        """Of one image, on `height` x `width` places and `length` tokens."""
+        places, channels = height * width, self.query.kernel.shape[-1]
+        products = 2 * places * channels**2  # query and output
+        products += length * math.prod(self.key_value.kernel.shape)
+        products += 2 * places * length * channels  # q k, then times v
+        return 2 * products
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "head_width": self.head_width}
