@@ -36,11 +36,12 @@ class _StepSeed(keras.random.SeedGenerator):
     Within a compiled loop nothing can be assigned.
     """
 
-    def __init__(self, state: Tensor):
-        self.state = state
+    def __init__(self, state: Tensor, step: Tensor):
+        self.state, self.step = state, step
 
     def next(self, ordered: bool = True) -> Tensor:
-        return self.state
+        seed, count = ops.unstack(self.state)
+        return ops.stack([seed, count + ops.cast(self.step, count.dtype)])
 
 
 class Sampler:
@@ -103,15 +104,16 @@ class Sampler:
         if not getattr(seed, "shape", ()):  # a number, not a state
             seed = backend.random_state(seed)
         seed = ops.convert_to_tensor(seed)
+        ends = ops.convert_to_tensor([0.0, 1.0])  # of a step, t and s
 
         def body(i, z):
             left = total - ops.cast(i, "float32")
-            logsnr_t = batch * schedule(left / total)
-            logsnr_s = batch * schedule((left - 1.0) / total)
-            of_step = _StepSeed(
-                ops.stack([seed[0], seed[1] + ops.cast(i, seed.dtype)])
+            logsnr_t, logsnr_s = (
+                batch * logsnr
+                for logsnr in ops.unstack(schedule((left - ends) / total))
             )
             x = denoise(z, logsnr_t)
+            of_step = _StepSeed(seed, i)
             return self.step(x, z, logsnr_t, logsnr_s, denoise, of_step)
 
         return ops.fori_loop(0, num_steps, body, noise)

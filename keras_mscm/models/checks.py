@@ -109,7 +109,8 @@ def check_labels(name: str, labels: Any, num_classes: int | None) -> None:
             f"`{name}` must be an array of integers of shape (batch,). "
             f"Received: {_describe(labels)}"
         )
-    labels = ops.convert_to_numpy(labels)
+    if not isinstance(labels, np.ndarray):
+        labels = ops.convert_to_numpy(labels)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(

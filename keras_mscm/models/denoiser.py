@@ -178,14 +178,17 @@ class Denoiser(keras.Model):
             batch_size = min(num_images, 128)
         checks.check_positive_integer("batch_size", batch_size)
 
-        key = (sampler, schedule, guidance_scale is None)
-        if key not in self._compiled_samplers:
-            self._compiled_samplers[key] = self._compile_sampler(*key)
-        run = self._compiled_samplers[key]
+        guided = guidance_scale is not None
+        key = (sampler, schedule, guided)
+        run = self._compiled_samplers.get(key)
+        if run is None:
+            run = self._compile_sampler(*key)
+            self._compiled_samplers[key] = run
 
         if seed is None:
             seed = random.randrange(2**31)
-        scale, steps = np.float32(guidance_scale or 0), np.int32(num_steps)
+        steps = np.int32(num_steps)
+        scale = [np.float32(guidance_scale)] if guided else []
         batches = []
         for begin in range(0, num_images, batch_size):
             part = noise, conditioning
@@ -196,28 +199,29 @@ class Denoiser(keras.Model):
                     ops.take(noise, places, axis=0),
                     {name: value[places] for name, value in part[1].items()},
                 )
-            images = run(*part, steps, backend.random_state(seed, begin), scale)
+            state = backend.random_state(seed, begin)
+            images = run(*part, steps, state, *scale)
             batches.append(ops.convert_to_numpy(images))
         return np.concatenate(batches)[:num_images]
 
     def _compile_sampler(
-        self, sampler: Sampler, schedule: NoiseSchedule, unguided: bool
+        self, sampler: Sampler, schedule: NoiseSchedule, guided: bool
     ) -> Callable:
-        run = self._sampling_function(sampler, schedule, unguided)
+        run = self._sampling_function(sampler, schedule, guided)
         return backend.compile_inference(run, self._sampling_variables())
 
     def _sampling_function(
-        self, sampler: Sampler, schedule: NoiseSchedule, unguided: bool
+        self, sampler: Sampler, schedule: NoiseSchedule, guided: bool
     ) -> Callable:
         network = self.ema_network
 
-        def run(noise, conditioning, num_steps, seed, scale):
+        def run(noise, conditioning, num_steps, seed, *scale):
             noise, conditioning = backend.divided((noise, conditioning))
 
             def denoise(z, logsnr):
-                if unguided:
+                if not guided:
                     return self.denoise(network, z, logsnr, conditioning)
-                inputs = network, z, logsnr, conditioning, scale
+                inputs = network, z, logsnr, conditioning, *scale
                 return self.denoise_guided(*inputs)[0]
 
             images = sampler(denoise, noise, schedule, num_steps, seed)
@@ -240,7 +244,9 @@ class Denoiser(keras.Model):
     def _sampling_inputs(self, num_images, conditioning, noise, seed):
         """Noise and conditioning for `num_images`, from what was given."""
         given = {
-            name: np.asarray(ops.convert_to_numpy(value))
+            name: value
+            if isinstance(value, np.ndarray)
+            else np.asarray(ops.convert_to_numpy(value))
             for name, value in conditioning.items()
             if value is not None
         }
@@ -286,7 +292,7 @@ class Denoiser(keras.Model):
         if noise is None:
             noise = keras.random.normal((count, *self.image_shape), seed=seed)
         return noise, {
-            name: value.astype(CONDITIONING_DTYPES[name])
+            name: value.astype(CONDITIONING_DTYPES[name], copy=False)
             for name, value in given.items()
         }
 

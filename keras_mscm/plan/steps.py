@@ -154,22 +154,18 @@ def step_of(
 
 def _generate(model: Any, noise: Any, conditioning: dict) -> Step:
     variables = model._sampling_variables()
-    run = model._sampling_function(samplers.DDIM(), model.schedule, True)
+    run = model._sampling_function(samplers.DDIM(), model.schedule, False)
 
-    def function(values, batch, num_steps, seed, scale):
+    def function(values, batch, num_steps, seed):
         with keras.StatelessScope(zip(variables, values)):
-            return run(*batch, num_steps, seed, scale)
+            return run(*batch, num_steps, seed)
 
     return Step(
         model=model,
         function=function,
         variables=variables,
         batch=(noise, conditioning),
-        constants=(
-            _tensor((), "int32"),
-            _tensor((2,), "uint32"),
-            _tensor(()),
-        ),
+        constants=(_tensor((), "int32"), _tensor((2,), "uint32")),
         updates=False,
         passes=model.student_steps,
     )
