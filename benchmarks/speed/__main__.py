@@ -23,6 +23,7 @@ EVERY = ("jax", "tensorflow", "torch")
 PARTS = {
     "startup": EVERY,
     "overhead": EVERY,
+    "profile": ("jax",),
     "evaluations": ("jax",),
     "machine": EVERY,
     "peers": ("torch", "tensorflow"),

@@ -4,6 +4,8 @@ import json
 import math
 from itertools import groupby
 
+from benchmarks import tables
+
 
 def write(folder):
     lines = (folder / "results.jsonl").read_text().splitlines()
@@ -39,17 +41,12 @@ def table(rows):
         names = [name for name in names if name not in hidden]
         if any("bound" in row for row in group):
             names.append("within")
+            group = [{**row, "within": within(row)} for row in group]
         text += [f"## {part[0].upper()}{part[1:]}", ""]
-        text += [
-            "| " + " | ".join(n.replace("_", " ") for n in names) + " |",
-            "| " + " | ".join("---" for _ in names) + " |",
-        ]
-        for row in group:
-            cells = [
-                str({**row, "within": within(row)}.get(n, "")) for n in names
-            ]
-            text.append("| " + " | ".join(cells) + " |")
-        text.append("")
+        text += tables.markdown(
+            [name.replace("_", " ") for name in names],
+            [[str(row.get(name, "")) for name in names] for row in group],
+        )
     return "\n".join([*text, "![Growth of time and memory](growth.png)", ""])
 
 

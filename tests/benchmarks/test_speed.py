@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import report, timing
+from benchmarks.speed import profile, report, timing
 
 
 def test_pairs_are_compared_one_by_one():
@@ -67,3 +67,8 @@ def test_report(tmp_path):
     assert "| jax | slow | 20 | 21.0 | **no** |" in table
     assert table.index("good") < table.index("bad") < table.index("slow")
     assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_time_that_is_covered():
+    assert profile.covered([]) == 0
+    assert profile.covered([(7, 9), (0, 3), (2, 4), (2, 3)]) == 6
