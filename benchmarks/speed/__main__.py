@@ -67,11 +67,11 @@ def circumstances():
         text=True,
         check=False,
     )
-    processors = [
-        line.split(":")[1].strip()
+    processor = dict(
+        line.split("\t: ")
         for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+        if line.startswith(("model name", "cpu family"))
+    )
     versions = {}
     for package in PACKAGES:
         try:
@@ -81,7 +81,8 @@ def circumstances():
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),
-        "hardware": f"{os.cpu_count()} cores, {processors[0]}",
+        "hardware": f"{os.cpu_count()} cores, "
+        f"{processor['model name']}, family {processor['cpu family']}",
         "python": platform.python_version(),
         "versions": versions,
     }

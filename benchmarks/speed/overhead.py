@@ -128,11 +128,11 @@ def measure(quick):
         fit("grey28", 64, "training", 6, 5, bound)
         generate("grey28", 4, 16, 5, bound)
         return
-    fit("digits", 64, "distillation", 40, 9, bound)
-    fit("grey28", 64, "training", 6, 5, bound)
+    fit("digits", 64, "distillation", 40, 15, bound)
+    fit("grey28", 64, "training", 6, 9, bound)
     for num_steps in (1, 4, 8):
         for batch_size in (1, 16, 256):
-            rounds = 3 if batch_size == 256 else 5
+            rounds = 5 if batch_size == 256 else 15
             generate("grey28", num_steps, batch_size, rounds, bound)
 
 
