@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from benchmarks import tables
 from benchmarks.speed.__main__ import circumstances
 from benchmarks.speed.models import arrays, student
 from benchmarks.speed.rows import emit
@@ -35,6 +36,13 @@ SIZES = {  # preset: side, channels, images per batch
     "colour64": (64, 3, 32),
 }
 PICTURES, READ = 1024, 4096
+COLUMNS = (
+    "",
+    "images per second",
+    "times the step",
+    "CPU, microseconds an image",
+    "of the step",
+)
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):
@@ -188,20 +196,20 @@ def table(rows):
         "what it takes of the CPU it takes from the step, if that runs there.",
     ]
     for size, group in itertools.groupby(rows, lambda row: row["size"]):
-        lines += [
-            "",
-            f"## {size}",
-            "",
-            "| | images per second | times the step | CPU, microseconds an "
-            "image | of the step |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {row['what']} | {row['images_per_second']:,.0f} | "
-            f"{row['times_the_step']:.3g} | {row['cpu_us']:.0f} | "
-            f"{row['cpu_share']:.2%} |"
-            for row in group
-        ]
+        lines += ["", f"## {size}", ""]
+        lines += tables.markdown(
+            COLUMNS,
+            [
+                (
+                    row["what"],
+                    f"{row['images_per_second']:,.0f}",
+                    f"{row['times_the_step']:,.4g}",
+                    f"{row['cpu_us']:.0f}",
+                    f"{row['cpu_share']:.2%}",
+                )
+                for row in group
+            ],
+        )[:-1]
     return "\n".join([*lines, ""])
 
 
