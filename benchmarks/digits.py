@@ -24,6 +24,7 @@ import keras
 import numpy as np
 
 import keras_mscm
+from benchmarks import tables
 from examples import digits
 from keras_mscm import (
     DiffusionModel,
@@ -264,6 +265,12 @@ def table(rows):
         low, high = (f"{f(values):.{digits}f}" for f in (min, max))
         return f"{np.mean(values):.{digits}f} ({low} to {high})"
 
+    head, students = ["K"], [[k] for k in STUDENT_STEPS]
+    for method in METHODS:
+        head += [method, "paper"]
+        for row in students:
+            k = row[0]
+            row += [cell(ratios.get((method, k), [])), PAPER[method].get(k, "")]
     lines = [
         "# Digits: CT, CD and progressive distillation",
         "",
@@ -276,28 +283,25 @@ def table(rows):
         " 1 to 512 steps): mean over the seeds (least to most), and the paper's"
         " on ImageNet64, small network.",
         "",
-        "| K | " + " | ".join(f"{m} | paper" for m in METHODS) + " |",
-        "| --- |" + " --- | --- |" * len(METHODS),
-    ]
-    for k in STUDENT_STEPS:
-        cells = [
-            f"{cell(ratios.get((m, k), []))} | {PAPER[m].get(k, '')}"
-            for m in METHODS
-        ]
-        lines.append(f"| {k} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
+        *tables.markdown(head, students),
         "The teacher's Fréchet distance, mean (least to most):",
         "",
-        "| steps | DDIM | aDDIM |",
-        "| --- | --- | --- |",
+        *tables.markdown(
+            ("steps", "DDIM", "aDDIM"),
+            [
+                [
+                    n,
+                    *(
+                        cell(curve.get((s, n), []), 4)
+                        for s in ("ddim", "addim")
+                    ),
+                ]
+                for n in digits.TEACHER_STEPS
+            ],
+        ),
     ]
-    for n in digits.TEACHER_STEPS:
-        cells = [cell(curve.get((s, n), []), 4) for s in ("ddim", "addim")]
-        lines.append(f"| {n} | " + " | ".join(cells) + " |")
     settings = [f"`{k}` {v}" for k, v in rows[-1]["settings"].items()]
     lines += [
-        "",
         f"Settings: {', '.join(settings)}; half the student's learning rate at "
         "K = 1; moving averages of decay 0.998, in progressive distillation, "
         "whose stages are short, 0.99.",
