@@ -238,6 +238,14 @@ def test_layouts_of_sharded_weights(preset, method):
 
 
 @on_jax
+def test_more_chips_than_channels():
+    step = step_of("digits", "generate", 256, **SETTINGS)
+    axes_of = step.sharded_axes(Slice("v5e:16x16"))
+    with pytest.raises(ValueError, match="`shard_weights` must be False"):
+        keras.tree.map_structure(axes_of, step.variables)
+
+
+@on_jax
 @pytest.mark.parametrize("method", ["training", "distillation", "generate"])
 def test_flops_of_a_traced_step(method):
     """Of the network's passes, and of what Adam and the average add."""

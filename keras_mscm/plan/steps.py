@@ -50,7 +50,8 @@ class Step:
 
         Returns:
             Function of a variable: the axes of its layout in `fully_sharded`.
-            The optimizer's variables are laid out as their weights are.
+            The optimizer's variables are laid out as their weights are. It
+            raises a `ValueError` if the chips can't share a variable out.
         """
         names = [f"tpu:{i}" for i in range(chips.num_chips)]
         mesh = keras.distribution.DeviceMesh((len(names),), ["batch"], names)
@@ -65,7 +66,15 @@ class Step:
             path = variable.path
             slot = path.split("/")[-1].rsplit("_", 1)[0]
             layout = layouts[paths.get(slot, path)]
-            return layout.axes if layout and variable.shape else ()
+            axes = layout.axes if layout and variable.shape else ()
+            for size, axis in zip(variable.shape, axes):
+                if axis and size % len(names):
+                    raise ValueError(
+                        "`shard_weights` must be False where channels can't be "
+                        f"divided among the chips. Received: {path} of shape "
+                        f"{tuple(variable.shape)}, {len(names)} chips"
+                    )
+            return axes
 
         return axes_of
 
