@@ -62,9 +62,9 @@ def measure(quick):
         line for line in lines if any(name == STEP for name, *_ in line)
     )
     calls = collections.Counter(name for name, *_ in training)
-    begun = min(begin for name, begin, _ in training if name == STEP)
+    steps = [begin for name, begin, _ in training if name == STEP]
+    begun, last = min(steps), max(steps)
     # What reads a loss waits on threads of its own, behind the steps.
-    last = max(begin for name, begin, _ in training if name == STEP)
     waits = sum(
         name.endswith("::Await") and begin < last for name, begin, _ in training
     )
@@ -75,13 +75,12 @@ def measure(quick):
         if name == EXECUTION and begin >= begun
     ]
     span = max(end for _, end in executing) - begun
-    seconds = collections.Counter()
+    spent = collections.Counter()
     for line in lines:
         for name, begin, end in line:
             # On XLA's threads, an operation stands within an execution.
             if line is not training and "::" not in name:
-                seconds[kind(name)] += end - begin
-    whole = seconds.total()
+                spent[kind(name)] += end - begin
     emit(
         part="profile of fit",
         what=f"{PRESET}, batch {BATCH}, distillation, {STEPS} steps",
@@ -89,8 +88,8 @@ def measure(quick):
         waits_of_the_training_thread=waits,
         share_of_time_computing=covered(executing) / span,
         operations=", ".join(
-            f"{name} {100 * spent / whole:.0f} %"
-            for name, spent in seconds.most_common(4)
+            f"{name} {time / spent.total():.0%}"
+            for name, time in spent.most_common(4)
         ),
     )
 

@@ -50,8 +50,7 @@ class Step:
 
         Returns:
             Function of a variable: the axes of its layout in `fully_sharded`.
-            The optimizer's variables are laid out as their weights are. It
-            raises a `ValueError` if the chips can't share a variable out.
+            The optimizer's variables are laid out as their weights are.
         """
         names = [f"tpu:{i}" for i in range(chips.num_chips)]
         mesh = keras.distribution.DeviceMesh((len(names),), ["batch"], names)
@@ -66,17 +65,21 @@ class Step:
             path = variable.path
             slot = path.split("/")[-1].rsplit("_", 1)[0]
             layout = layouts[paths.get(slot, path)]
-            axes = layout.axes if layout and variable.shape else ()
-            for size, axis in zip(variable.shape, axes):
-                if axis and size % len(names):
-                    raise ValueError(
-                        "`shard_weights` must be False where channels can't be "
-                        f"divided among the chips. Received: {path} of shape "
-                        f"{tuple(variable.shape)}, {len(names)} chips"
-                    )
-            return axes
+            return layout.axes if layout and variable.shape else ()
 
         return axes_of
+
+    def undivided(self, chips: Slice) -> list[keras.Variable]:
+        """Variables with channels that the chips can't share out evenly."""
+        axes_of = self.sharded_axes(chips)
+        return [
+            variable
+            for variable in keras.tree.flatten(self.variables)
+            if any(
+                axis and size % chips.num_chips
+                for size, axis in zip(variable.shape, axes_of(variable))
+            )
+        ]
 
 
 def step_of(
