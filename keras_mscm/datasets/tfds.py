@@ -1,4 +1,7 @@
-"""The data sets of TensorFlow Datasets, through `tf.data`."""
+"""The data sets of TensorFlow Datasets, through `tf.data`.
+
+TensorFlow reads the files here, on whatever backend Keras trains.
+"""
 
 import contextlib
 from typing import Any
