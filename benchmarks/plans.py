@@ -31,9 +31,17 @@ PAPER = {
     "imagenet128_large": ("v5e:16x16", 2.2, 1.8),
     "text_to_image_512": ("v5e:16x16", None, 0.71),
 }
-# Here each chip has room for all weights. Elsewhere they are divided among the
-# chips, as they don't fit, or leave too little room for the rest of the step.
-WHOLE = ("imagenet64_small",)
+# Of these each chip has room for all weights. Those of the others are divided
+# among the chips, as they don't fit, or leave too little room for the rest.
+TRAINED_WHOLE = ("imagenet64_small",)
+SAMPLED_WHOLE = (
+    "imagenet64_small",
+    "imagenet128_small",
+    "imagenet64_large",
+    "imagenet128_large",
+)
+# Of these what is kept for the gradient takes more than a chip has.
+REMAT = ("text_to_image_512",)
 COLUMNS = (
     "network",
     "slice",
@@ -54,8 +62,11 @@ def options(preset, method):
     chosen = {"preset": preset, "topology": topology, "method": method}
     chosen |= {"batch-size": BATCH_SIZE}
     words = [f"--{name}={value}" for name, value in chosen.items()]
-    if method != "generate" and preset not in WHOLE:
+    sampled = method == "generate"
+    if preset not in (SAMPLED_WHOLE if sampled else TRAINED_WHOLE):
         words.append("--shard-weights")
+    if preset in REMAT and not sampled:
+        words.append("--remat")
     return words
 
 

@@ -23,7 +23,8 @@ the same seed and global batch give the same weights, but for rounding.
 3.  **Several GPUs or TPU chips of one machine.** `--distribution data` holds
     the weights on each device; `fully_sharded` divides them among the devices,
     where weights, average, teacher and optimizer are too large for one;
-    `tensor_parallel` divides each layer, where activations are, too.
+    `tensor_parallel` divides each layer, where activations are, too. What has
+    fewer channels than there are devices stays whole on each.
 
 4.  **A slice of several machines.** The same command on each, with
     `--initialize`; on Cloud TPUs JAX finds the other machines itself,
@@ -85,7 +86,7 @@ def distribute(args):
             shape, names = (len(devices) // across, across), ["batch", "model"]
             layout = distribution.tensor_parallel
         mesh = keras.distribution.DeviceMesh(shape, names, devices)
-        chosen = keras.distribution.ModelParallel(
+        chosen = distribution.UnevenModelParallel(
             layout_map=layout(mesh),
             batch_dim_name="batch",
             auto_shard_dataset=False,

@@ -9,10 +9,11 @@ Keras distributes; here is only what it needs to know of the network. On JAX:
     )
 
 before the first network is made. `keras.distribution.DataParallel()` needs no
-layout: each device holds all weights. With several processes,
-`keras.distribution.initialize(...)` comes first. On TensorFlow, make and
-compile the model within the scope of a `tf.distribute.MirroredStrategy`; Keras
-can't train under the one for several machines. It distributes nothing on
+layout: each device holds all weights. Where channels don't divide among the
+devices, `UnevenModelParallel` takes `ModelParallel`'s place. With several
+processes, `keras.distribution.initialize(...)` comes first. On TensorFlow, make
+and compile the model within the scope of a `tf.distribute.MirroredStrategy`;
+Keras can't train under the one for several machines. It distributes nothing on
 PyTorch.
 
 The trained network, its moving average, the teacher within a student and the
@@ -42,7 +43,8 @@ def fully_sharded(
     Args:
         device_mesh: Mesh whose first axis, along which Keras divides the
             batch, the weights are divided along too. Channels, embedding width
-            and hidden widths must be multiples of its size.
+            and hidden widths must be multiples of its size, or
+            `UnevenModelParallel` has to leave whole those that aren't.
 
     Returns:
         Layout map, for `keras.distribution.ModelParallel(layout_map=...)`.
@@ -88,7 +90,7 @@ def tensor_parallel(
     Args:
         device_mesh: Mesh of at least two axes. Along the first one Keras
             divides the batch, along the last the channels are divided, whose
-            number must be a multiple of its size.
+            number must be a multiple of its size, as in `fully_sharded`.
 
     Returns:
         Layout map, for `keras.distribution.ModelParallel(layout_map=...)`.
@@ -126,6 +128,46 @@ def tensor_parallel(
             "conv_2/kernel": (None, None, axis, None),
         },
     )
+
+
+class UnevenModelParallel(keras.distribution.ModelParallel):
+    """`ModelParallel` that leaves whole what its layout can't divide evenly.
+
+    There may be more devices than a stage has channels: the paper's
+    text-to-image network begins with 128, and has 4096 in the middle. A weight
+    with an axis that is no multiple of the devices which are to share it is
+    held by each of them; those are the small ones.
+
+    Args:
+        layout_map, batch_dim_name, auto_shard_dataset: As in
+            `keras.distribution.ModelParallel`.
+
+    Example:
+
+    >>> devices = ["cpu:0", "cpu:1"]
+    >>> mesh = keras.distribution.DeviceMesh((2,), ["batch"], devices)
+    >>> layout_map = keras.distribution.LayoutMap(mesh)
+    >>> layout_map["even|odd"] = ("batch",)
+    >>> distribution = UnevenModelParallel(layout_map=layout_map)
+    >>> even = keras.Variable([1.0, 2.0], name="even")
+    >>> odd = keras.Variable([1.0, 2.0, 3.0], name="odd")
+    >>> distribution.get_variable_layout(even).axes
+    ('batch',)
+    >>> distribution.get_variable_layout(odd).axes
+    (None,)
+    """
+
+    def get_variable_layout(self, variable):
+        layout = super().get_variable_layout(variable)
+        mesh = self.device_mesh
+        devices = dict(zip(mesh.axis_names, mesh.shape))
+        if all(
+            size % devices.get(axis, 1) == 0
+            for size, axis in zip(variable.shape, layout.axes)
+        ):
+            return layout
+        whole = (None,) * len(variable.shape)
+        return keras.distribution.TensorLayout(whole, mesh)
 
 
 def _check_mesh(device_mesh: keras.distribution.DeviceMesh, axes: int) -> None:

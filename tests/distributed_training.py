@@ -35,6 +35,7 @@ from keras_mscm import (  # noqa: E402
     UViT,
 )
 from keras_mscm.distribution import (  # noqa: E402
+    UnevenModelParallel,
     fully_sharded,
     tensor_parallel,
 )
@@ -66,9 +67,11 @@ def strategy(case):
         axes = ["batch", "model"]
         mesh = keras.distribution.DeviceMesh(shape, axes, devices)
         layout_map = tensor_parallel(mesh)
-    return keras.distribution.ModelParallel(
-        layout_map=layout_map, **ours
-    ).scope()
+    if case.get("uneven"):
+        kind = UnevenModelParallel
+    else:
+        kind = keras.distribution.ModelParallel
+    return kind(layout_map=layout_map, **ours).scope()
 
 
 def make_student(case):
@@ -79,7 +82,11 @@ def make_student(case):
         **(
             dict(widths=(32,), depths=(1,), attention=True)
             if transformer_only
-            else dict(widths=(16, 32), depths=(1, 1), attention=(False, True))
+            else dict(
+                widths=(12 if case.get("uneven") else 16, 32),
+                depths=(1, 1),
+                attention=(False, True),
+            )
         ),
         num_classes=3,
         head_width=8,

@@ -219,8 +219,8 @@ def test_the_same_on_any_number_of_devices(tmp_path):
         case("distillation", "tensor_parallel", 8, evaluate=True),
         case("distillation", "fully_sharded", 2, resume=True),
         case("distillation", resume=True),
-        case("training"),
-        case("training", "fully_sharded", 8),
+        case("training", uneven=True),
+        case("training", "fully_sharded", 8, uneven=True),
     ]
     process = start(tmp_path, cases, devices=8, refusals=True)
     results = results_of(tmp_path, process, cases)
@@ -249,10 +249,12 @@ def check_cases(cases, results):
             if key.startswith("share_")
         }
         if made["layout"] == "fully_sharded":
-            # All but the vectors: trained, averaged, taught and optimized.
+            # All but the vectors, and the stage that doesn't divide: trained,
+            # averaged, taught and optimized.
             assert len(shares) == 3 + (made["method"] == "distillation")
+            more = 0.25 if made.get("uneven") else 0.1
             assert all(
-                1 / number <= share < 1 / number + 0.1
+                1 / number <= share < 1 / number + more
                 for share in shares.values()
             ), shares
         elif made["layout"] == "tensor_parallel":

@@ -65,8 +65,7 @@ def make_plan(
         into memory there is no more than the memory, and `"advice"`.
 
     Raises:
-        ValueError: If an argument is out of its range, the chips are more than
-            the channels that they are to share out, or Keras runs on another
+        ValueError: If an argument is out of its range, or Keras runs on another
             backend than JAX.
         ImportError: If libtpu is not installed.
     """
@@ -90,13 +89,6 @@ def make_plan(
         remat=remat,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    undivided = step.undivided(chips)
-    if shard_weights and undivided:
-        raise ValueError(
-            "`shard_weights` must be False where channels can't be divided "
-            f"among the chips. Received: {undivided[0].path} of shape "
-            f"{tuple(undivided[0].shape)}, {chips.num_chips} chips"
-        )
     plan = {
         "note": NOTE,
         "steps_per_second": None,
@@ -112,7 +104,6 @@ def make_plan(
         "dtype": dtype,
         "remat": remat,
         "shard_weights": shard_weights,
-        "weights_divide": not undivided,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "parameters": step.model.network.count_params(),
         "memory_capacity_gib": chips.chip.memory_bytes / GIB,
@@ -244,8 +235,7 @@ def advice(plan: dict[str, Any]) -> list[str]:
             f"kept. What is alive within the step, {rest:.1f} GiB, shrinks to "
             "a small part, for up to a third more time."
         )
-    divide = plan["weights_divide"] and not plan["shard_weights"]
-    if divide and state > 0.2 * capacity:
+    if not plan["shard_weights"] and state > 0.2 * capacity:
         ways.append(
             f"--shard-weights: of {state:.1f} GiB of weights, averages and "
             f"optimizer each chip then holds {state / chips:.2f} GiB; weights "

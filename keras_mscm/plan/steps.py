@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_mscm import preset_files, samplers
-from keras_mscm.distribution import fully_sharded
+from keras_mscm.distribution import UnevenModelParallel, fully_sharded
 from keras_mscm.models.denoiser import CONDITIONING_DTYPES
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
@@ -49,37 +49,25 @@ class Step:
             chips: The slice.
 
         Returns:
-            Function of a variable: the axes of its layout in `fully_sharded`.
-            The optimizer's variables are laid out as their weights are.
+            Function of a variable: the axes of its layout in `fully_sharded`,
+            but for what doesn't divide evenly, which stays whole. The
+            optimizer's variables are laid out as their weights are.
         """
         names = [f"tpu:{i}" for i in range(chips.num_chips)]
         mesh = keras.distribution.DeviceMesh((len(names),), ["batch"], names)
-        layouts = fully_sharded(mesh)
+        distribution = UnevenModelParallel(layout_map=fully_sharded(mesh))
         # Keras names a slot `adam/path_of_its_weight_momentum`.
-        paths = {
-            weight.path.replace("/", "_"): weight.path
+        weights = {
+            weight.path.replace("/", "_"): weight
             for weight in self.model.trainable_variables
         }
 
         def axes_of(variable):
-            path = variable.path
-            slot = path.split("/")[-1].rsplit("_", 1)[0]
-            layout = layouts[paths.get(slot, path)]
-            return layout.axes if layout and variable.shape else ()
+            slot = variable.path.split("/")[-1].rsplit("_", 1)[0]
+            weight = weights.get(slot, variable) if variable.shape else variable
+            return distribution.get_variable_layout(weight).axes
 
         return axes_of
-
-    def undivided(self, chips: Slice) -> list[keras.Variable]:
-        """Variables with channels that the chips can't share out evenly."""
-        axes_of = self.sharded_axes(chips)
-        return [
-            variable
-            for variable in keras.tree.flatten(self.variables)
-            if any(
-                axis and size % chips.num_chips
-                for size, axis in zip(variable.shape, axes_of(variable))
-            )
-        ]
 
 
 def step_of(
