@@ -12,7 +12,7 @@ from keras import ops
 from keras_mscm import backend
 from keras_mscm.functional import process
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
+from keras_mscm.models import checks, moving_average
 from keras_mscm.models.denoiser import (
     CONDITIONING_DTYPES,
     Conditioning,
@@ -22,39 +22,6 @@ from keras_mscm.models.finite_loss import FiniteLoss
 from keras_mscm.schedules import CosineSchedule, NoiseSchedule
 
 Example = tuple[dict[str, Tensor], Tensor, Tensor]
-
-
-def clone_network(
-    network: keras.Layer, name: str, values: keras.Layer | None = None
-) -> keras.Layer:
-    """A second network of the same configuration.
-
-    Its weights are those of `values` (by default `network`). What is trainable
-    in `network` is in the clone; all of it, if `network` as a whole is frozen.
-    """
-    config = {**network.get_config(), "name": name, "trainable": True}
-    clone = type(network).from_config(config)
-    if not clone.built:
-        # Called, as the network was: Keras' `build_from_config` can't always.
-        shapes = network.get_build_config()["input_shape"]
-        clone(
-            {
-                key: keras.KerasTensor(
-                    shape, CONDITIONING_DTYPES.get(key, "float32")
-                )
-                for key, shape in shapes.items()
-            }
-        )
-    if not network.trainable:
-        # And so the layers within; by way of False, as TensorFlow's tracking
-        # ignores an attribute that is set to what it is.
-        clone.trainable = False
-        clone.trainable = True
-    values = network if values is None else values
-    for theirs, ours in zip(values.weights, clone.weights, strict=True):
-        # A copy: JAX gives buffers away, and these two must not share one.
-        ours.assign(ops.copy(theirs.value))
-    return clone
 
 
 class DenoisingModel(Denoiser):
@@ -171,7 +138,9 @@ class DenoisingModel(Denoiser):
         self._compiled_samplers = {}
 
         self._check_network()
-        self.ema_network = clone_network(network, f"{network.name}_ema")
+        self.ema_network = moving_average.clone_network(
+            network, f"{network.name}_ema"
+        )
         self.ema_network.trainable = False
         self.iteration = self.add_weight(
             shape=(),
@@ -315,29 +284,24 @@ class DenoisingModel(Denoiser):
 
     def _after_update(self, before: Tensor, batch: Tensor) -> None:
         # 0 for all but the last of the batches of a gradient accumulation.
-        optimizer: Any = self.optimizer
-        updates = optimizer.iterations - before
-        i = ops.cast(self.iteration, "float32")
+        updates = self.optimizer.iterations - before
         decay = self.ema_decay
         if self.ema_half_life:
-            optimizer = getattr(
-                self.optimizer, "inner_optimizer", self.optimizer
-            )  # within one that scales the loss
-            _, replicas = backend.replica()
-            batches = replicas * (optimizer.gradient_accumulation_steps or 1)
-            images = batch * batches
-            half_lives = ops.cast(images, "float32") / self.ema_half_life
-            decay = ops.power(0.5, half_lives)
-        decay = ops.minimum(decay, (1.0 + i) / (10.0 + i))
+            decay = moving_average.decay_of_half_life(
+                self.ema_half_life, batch * self._batches_per_update()
+            )
+        decay = moving_average.decay_at(self.iteration, decay)
         rate = (1.0 - decay) * ops.cast(updates, "float32")
-        pairs = [*zip(self.ema_network.weights, self.network.weights)]
-        for average, weight in pairs:
-            if not weight.trainable:  # counters, statistics
-                finite = ops.isfinite(weight.value)
-                average.assign(ops.where(finite, weight.value, average.value))
-        trained = [pair for pair in pairs if pair[1].trainable]
-        backend.move_towards(trained, rate)
+        moving_average.update(self.ema_network, self.network, rate)
         self.iteration.assign_add(ops.cast(updates, "int32"))
+
+    def _batches_per_update(self) -> int:
+        """Of the size that a replica sees."""
+        optimizer: Any = self.optimizer
+        # It may be within one that scales the loss.
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        _, replicas = backend.replica()
+        return replicas * (optimizer.gradient_accumulation_steps or 1)
 
     # What Keras is told, and what is checked before it starts.
 

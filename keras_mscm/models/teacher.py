@@ -6,9 +6,10 @@ import keras
 
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import checks
-from keras_mscm.models.base import DenoisingModel, clone_network
+from keras_mscm.models.base import DenoisingModel
 from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.diffusion import DiffusionModel
+from keras_mscm.models.moving_average import clone_network
 
 
 class FrozenNetwork(keras.layers.Layer):

@@ -169,3 +169,18 @@ def weights_of():
         ]
 
     return copy
+
+
+@pytest.fixture
+def snapshots(weights_of):
+    """A callback that keeps the trained weights after every batch."""
+
+    class Snapshots(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.seen.append(weights_of(self.model.network))
+
+    return Snapshots()

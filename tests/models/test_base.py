@@ -37,17 +37,6 @@ class Batches(keras.utils.PyDataset):
         return self.batches[index]
 
 
-class Snapshots(keras.callbacks.Callback):
-    """The trained weights after every batch."""
-
-    def __init__(self, weights_of):
-        super().__init__()
-        self.weights_of, self.seen = weights_of, []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.seen.append(self.weights_of(self.model.network))
-
-
 def fit(model, *data, **kw):
     return model.fit(*data, verbose=0, **kw).history
 
@@ -262,94 +251,11 @@ def test_mixed_precision(policy, make_student, toy_images, weights_of):
     assert student.generate(2).dtype == np.float32
 
 
-# The moving average.
-
-
-def numpy_average(start, seen, ema_decay):
-    """The moving average of the weights after each update."""
-    average = [w.astype("float64") for w in start]
-    for i, weights in enumerate(seen):
-        decay = min(ema_decay, (1 + i) / (10 + i))
-        average = [
-            decay * a + (1 - decay) * w for a, w in zip(average, weights)
-        ]
-    return average
-
-
-@pytest.mark.parametrize("accumulation", [None, 2])
-def test_ema_is_the_numpy_average(
-    accumulation, make_teacher, toy_images, weights_of
-):
-    # 0.3 holds from the fourth update on, (1 + i) / (10 + i) before.
-    optimizer = keras.optimizers.Adam(
-        1e-2, gradient_accumulation_steps=accumulation
-    )
-    model = make_teacher(
-        model_with={"ema_decay": 0.3}, compile_with={"optimizer": optimizer}
-    )
-    start = weights_of(model.ema_network)
-    snapshots = Snapshots(weights_of)
-    images = toy_images(12)
-    for _ in range(2):
-        fit(model, images, batch_size=2, callbacks=[snapshots])
-    assert len(snapshots.seen) == 12
-    seen = snapshots.seen[1::2] if accumulation else snapshots.seen
-    assert int(model.iteration) == len(seen)
-    expected = numpy_average(start, seen, 0.3)
-    for average, reference, first, last in zip(
-        weights_of(model.ema_network), expected, start, seen[-1]
-    ):
-        np.testing.assert_allclose(average, reference, rtol=1e-5, atol=1e-6)
-        assert np.max(np.abs(average - first)) > 1e-3
-        assert np.max(np.abs(average - last)) > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("accumulation", "scaled"), [(None, False), (2, False), (2, True)]
-)
-def test_ema_half_life_counts_images(
-    accumulation, scaled, make_teacher, toy_images, weights_of
-):
-    # Batches of 4, 4 and 2; or of two at once, 8, also within an optimizer that
-    # scales the loss.
-    optimizer = keras.optimizers.Adam(
-        1e-2, gradient_accumulation_steps=accumulation
-    )
-    if scaled:
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    model = make_teacher(
-        model_with={"ema_half_life": 3.0, "ema_decay": 0.0},
-        compile_with={"optimizer": optimizer},
-    )
-    average = [w.astype("float64") for w in weights_of(model.ema_network)]
-    snapshots = Snapshots(weights_of)
-    images = toy_images(8 if accumulation else 10)
-    fit(model, images, batch_size=4, epochs=4, callbacks=[snapshots])
-    seen = snapshots.seen[1::2] if accumulation else snapshots.seen
-    sizes = [8] * 4 if accumulation else [4, 4, 2] * 4
-    assert int(model.iteration) == len(seen) == len(sizes)
-    halved = []
-    for i, (size, weights) in enumerate(zip(sizes, seen, strict=True)):
-        decay = 0.5 ** (size / 3.0)
-        halved.append(decay < (1 + i) / (10 + i))
-        decay = min(decay, (1 + i) / (10 + i))
-        average = [
-            decay * a + (1 - decay) * w for a, w in zip(average, weights)
-        ]
-    assert any(halved)
-    for ours, expected, last in zip(
-        weights_of(model.ema_network), average, seen[-1]
-    ):
-        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-        assert np.max(np.abs(ours - last)) > 1e-4
-
-
 def test_gradient_accumulation_accumulates(
-    make_teacher, toy_images, weights_of
+    make_teacher, toy_images, weights_of, snapshots
 ):
     optimizer = keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2)
     model = make_teacher(compile_with={"optimizer": optimizer})
-    snapshots = Snapshots(weights_of)
     start = weights_of(model.network)
     fit(model, toy_images(8), batch_size=2, callbacks=[snapshots])
     states = [start, *snapshots.seen]
