@@ -74,6 +74,70 @@ def test_operations_of_a_program():
     }
 
 
+def test_what_is_sent_while_others_compute():
+    begin = """
+%fused_computation.8 (param_0.1: bf16[64,16]) -> (bf16[64,16], bf16[64,64]) {
+  %all-gather.7 = bf16[64,64]{0,1:T(8,128)(2,1)} all-gather(%param_0.1), \
+replica_groups=mesh['axis_0'=1,'axis_1'=4] {'axis_1'}, dimensions={1}, \
+metadata={op_name="jit(train_step)/jvp(u_vi_t)/up_1_2/mlp_hidden/dot_general"}
+  ROOT %custom-call.3 = (bf16[64,16]{0,1}, bf16[64,64]{0,1}, u32[]{:S(2)}) \
+custom-call(%all-gather.7), custom_call_target="AsyncCollectiveStart"
+}
+
+ENTRY"""
+    # It goes on within another fusion, which is no second one.
+    within = """
+  %async-collective-start.7 = (bf16[64,16]{0,1}, bf16[64,64]{0,1}) \
+fusion(%e), kind=kCustom, calls=%fused_computation.8
+  ROOT"""
+    other = "  %all-gather.9 = bf16[64,64]{0,1} all-gather(%p), dimensions={1}"
+    text = PROGRAM.replace("\nENTRY", begin).replace("\n  ROOT %copy", within)
+    text = text.replace("  ROOT %convert.3", f"{other}\n  ROOT %convert.3")
+    before, after = map(operations.read, (PROGRAM, text))
+    sent = operations.sent_bytes(before)
+    assert operations.sent_bytes(after) == sent
+    meanwhile = operations.sent_bytes(after, meanwhile=True)
+    assert meanwhile == {"all-gather": sent["all-gather"]}
+    (new,) = set(after) - set(before)
+    assert (new.kind, new.cycles, new.runs) == ("all-gather", 0, 1)
+    assert new.source == "forward: u_vi_t/up_1_*/mlp_hidden/dot_general"
+    plan = estimate.costs(program(text=text), Slice("v5e:2x2"), 4 * 1e9)
+    seconds = plan["seconds"]["communication_meanwhile"]
+    assert seconds == pytest.approx(0.75 * 8192 / 90e9)
+    without = estimate.costs(program(), Slice("v5e:2x2"), 4 * 1e9)
+    assert plan["steps_per_second"] == without["steps_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "step", "runs"),
+    [("7", "1", 7), ("8", "2", 4), ("7", "2", 4), (None, "1", 3)],
+)
+def test_runs_of_a_loop_are_its_counters(limit, step, runs):
+    """An argument as limit, as `generate` has, leaves them open."""
+    limit = f"constant({limit})" if limit else "get-tuple-element(%p), index=0"
+    condition = f"""
+%cond (p: (s32[], bf16[8,8])) -> pred[] {{
+  %limit.1 = s32[]{{:T(128)}} {limit}
+  %p = (s32[], bf16[8,8]) parameter(0)
+  %counter.1 = s32[]{{:T(128)}} get-tuple-element(%p), index=0
+  ROOT %less.1 = pred[]{{:T(512)}} compare(%counter.1, %limit.1), direction=LT
+}}
+
+%body.2 """
+    body = f"""
+  %step.1 = s32[]{{:T(128)}} constant({step})
+  %old.1 = s32[]{{:T(128)}} get-tuple-element(%param.1), index=0
+  %new.1 = s32[]{{:T(128)}} add(%old.1, %step.1)
+  ROOT %tuple.9 = (s32[], bf16[8,8]{{1,0}}) tuple(%new.1, /*index=1*/%fusion.9)
+}}
+
+ENTRY"""
+    text = PROGRAM.replace("\n%body.2 ", condition)
+    text = text.replace("}\n\nENTRY", body)
+    ran = operations.read(text, loop_runs=3)
+    assert sum(operation.cycles for operation in ran) == 8000 + 100 * runs
+
+
 def test_a_known_number_of_runs_counts():
     text = PROGRAM.replace(
         "body=%body.2",
@@ -135,7 +199,7 @@ def program(**kwargs):
         alias_bytes=5 * gib,
         code_bytes=0,
     )
-    return compiler.Program(text=PROGRAM, **{**numbers, **kwargs})
+    return compiler.Program(**{"text": PROGRAM, **numbers, **kwargs})
 
 
 def test_costs():

@@ -18,8 +18,8 @@ from keras_mscm.plan.steps import METHODS, Step, step_of
 NOTE = (
     "The compiler's estimate, not a measurement: no TPU was there. Cycles are "
     "summed as if no operation overlapped another; what is sent is divided by "
-    "the bandwidth of the links, and added as if nothing were computed "
-    "meanwhile."
+    "the bandwidth of the links, and added, but for what the compiler itself "
+    "has sent while others compute."
 )
 GIB = 2**30
 
@@ -161,10 +161,12 @@ def costs(
     ran = operations.read(program.text, loop_runs)
     cycles = sum(operation.cycles for operation in ran)
     sent = operations.sent_bytes(ran)
+    meanwhile = operations.sent_bytes(ran, meanwhile=True)
     computation = cycles / chip.clock
-    communication = 0.0
-    if sent:
-        communication = sum(sent.values()) / chips.collective_bandwidth
+    communication, hidden = (
+        sum(kinds.values()) / chips.collective_bandwidth if kinds else 0.0
+        for kinds in (sent, meanwhile)
+    )
     seconds = computation + communication
     arithmetic = model_flops / chips.num_chips / chip.peak_flops
     memory = {
@@ -189,6 +191,7 @@ def costs(
             "step": seconds,
             "computation": computation,
             "communication": communication,
+            "communication_meanwhile": hidden,
             "bound_by_flops": arithmetic,
             "bound_by_memory_bandwidth": (
                 program.argument_bytes + program.output_bytes
@@ -197,6 +200,7 @@ def costs(
         },
         "model_flops_utilisation": arithmetic / seconds,
         "sent_bytes_per_chip": sent,
+        "sent_meanwhile_bytes_per_chip": meanwhile,
         "operations": [
             {
                 "operation": source,

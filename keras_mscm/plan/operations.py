@@ -17,8 +17,19 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
-_BODY = re.compile(r"\bbody=%([\w.-]+)")
+_CALLED = re.compile(r"\bcalls=%([\w.-]+)")
+# What is sent while others compute begins in a fusion that does nothing else.
+_BEGUN = re.compile(
+    r'\(%([\w.-]+)\), custom_call_target="AsyncCollectiveStart"'
+)
+# A loop, its number of runs, or where that is seen in its condition and body.
+_LOOP = re.compile(r"\bcondition=%([\w.-]+), body=%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LESS = re.compile(r" compare\(%([\w.-]+), %([\w.-]+)\), direction=LT")
+_PART = re.compile(r" get-tuple-element\(%[\w.-]+\), index=(\d+)")
+_TUPLE = re.compile(r" tuple\((.*?)\)")
+_ADDED = re.compile(r" add\(%[\w.-]+, %([\w.-]+)\)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
 _GROUP = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[)")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?: \{([^}]*)\})?")
 
@@ -33,6 +44,10 @@ _SENT = {
 }
 
 
+# Lines of a computation, by what each gives a value to.
+_Lines = dict[str, re.Match]
+
+
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """One operation of a compiled program, on one chip.
@@ -43,6 +58,8 @@ class Operation:
         cycles: The compiler's estimate of its cycles, in all its runs.
         sent_bytes: What it sends to other chips, in all its runs.
         runs: How often it is run.
+        meanwhile: Whether it sends while others compute, by the compiler's own
+            schedule.
     """
 
     source: str
@@ -50,6 +67,7 @@ class Operation:
     cycles: int
     sent_bytes: float
     runs: int
+    meanwhile: bool = False
 
 
 def read(text: str, loop_runs: int = 1) -> list[Operation]:
@@ -63,33 +81,33 @@ def read(text: str, loop_runs: int = 1) -> list[Operation]:
     Returns:
         Those with cycles, and those that communicate.
     """
-    computations: dict[str, list[str]] = {}
+    computations: dict[str, _Lines] = {}
     entry = lines = None
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
-            lines = computations.setdefault(match["name"], [])
+            lines = computations.setdefault(match["name"], {})
             entry = match["name"] if match["entry"] else entry
-        elif lines is not None:
-            lines.append(line)
+        elif lines is not None and (match := _OPERATION.match(line)):
+            lines[match["name"]] = match
     if entry is None:
         raise ValueError("`text` must be a compiled program: it has no ENTRY")
     return list(_operations(computations, entry, 1, loop_runs))
 
 
 def _operations(
-    computations: dict[str, list[str]], name: str, runs: int, loop_runs: int
+    computations: dict[str, _Lines], name: str, runs: int, loop_runs: int
 ) -> Iterator[Operation]:
-    for line in computations[name]:
-        match = _OPERATION.match(line)
-        if not match:
+    for match in computations[name].values():
+        if loop := _LOOP.search(match.string):
+            condition, body = (computations.get(n, {}) for n in loop.groups())
+            number = runs * _loop_runs(match.string, condition, body, loop_runs)
+            yield from _operations(computations, loop[2], number, loop_runs)
             continue
-        if match["kind"] == "while":
-            trips = _TRIPS.search(line)
-            body = _BODY.search(line)
-            number = runs * (int(trips[1]) if trips else loop_runs)
-            if body:
-                yield from _operations(computations, body[1], number, loop_runs)
-            continue
+        begun = None
+        if called := _CALLED.search(match.string):
+            begun = _begun(computations.get(called[1], {}))
+        match = begun or match
+        line = match.string
         cycles, source = _CYCLES.search(line), _SOURCE.search(line)
         kind = match["kind"].removesuffix("-start")
         sent = 0.0
@@ -102,7 +120,38 @@ def _operations(
                 runs * int(cycles[1]) if cycles else 0,
                 runs * sent,
                 runs,
+                meanwhile=begun is not None,
             )
+
+
+def _begun(lines: _Lines) -> re.Match | None:
+    """What a fusion begins to send, if that is what it is for."""
+    begun = (_BEGUN.search(match.string) for match in lines.values())
+    return next((lines[match[1]] for match in begun if match), None)
+
+
+def _loop_runs(line: str, condition: _Lines, body: _Lines, default: int) -> int:
+    """What the loop says, or what its counter comes to, if that is known.
+
+    The counter is a part of what goes round, which is less than a constant and
+    to which another is added.
+    """
+    if trips := _TRIPS.search(line):
+        return int(trips[1])
+
+    def find(pattern, lines, name=None):
+        found = lines.get(name or next(reversed(lines), None))
+        return found and pattern.search(found.string)
+
+    compared, parts = find(_LESS, condition), find(_TUPLE, body)
+    part = compared and find(_PART, condition, compared[1])
+    limit = compared and find(_CONSTANT, condition, compared[2])
+    if not (part and limit and parts):
+        return default
+    counter = re.findall(r"%([\w.-]+)", parts[1])[int(part[1])]
+    added = find(_ADDED, body, counter)
+    step = added and find(_CONSTANT, body, added[1])
+    return math.ceil(int(limit[1]) / int(step[1])) if step else default
 
 
 def _bytes(match: re.Match) -> float:
@@ -156,10 +205,18 @@ def by_source(operations: list[Operation]) -> list[tuple[str, int, int]]:
     return [(source, count[source], n) for source, n in cycles.most_common()]
 
 
-def sent_bytes(operations: list[Operation]) -> dict[str, float]:
-    """Bytes that a chip sends, by the kind of collective operation."""
+def sent_bytes(
+    operations: list[Operation], meanwhile: bool = False
+) -> dict[str, float]:
+    """Bytes that a chip sends, by the kind of collective operation.
+
+    Args:
+        operations: What is run.
+        meanwhile: Of those that send while others compute, or of those for
+            which the chip waits.
+    """
     sent: collections.Counter[str] = collections.Counter()
     for operation in operations:
-        if operation.sent_bytes:
+        if operation.sent_bytes and operation.meanwhile == meanwhile:
             sent[operation.kind] += operation.sent_bytes  # type: ignore
     return dict(sent)

@@ -83,8 +83,6 @@ def _settings(plan: dict[str, Any]) -> str:
 
 def _time_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = plan["seconds"]
-    sent = plan["sent_bytes_per_chip"]
-    kinds = ", ".join(f"{kind} {_short(n)}B" for kind, n in sent.items())
     flops, bound = (
         seconds["bound_by_flops"],
         seconds["bound_by_memory_bandwidth"],
@@ -92,7 +90,7 @@ def _time_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     once = ""
     if plan["method"] == "generate":
         once = " (of one evaluation: the compiler counts a loop once)"
-    return [
+    rows = [
         ("**steps per second**", f"**{plan['steps_per_second']:.2f}**"),
         (
             "seconds",
@@ -112,8 +110,18 @@ def _time_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
             f"the peak of FLOPs, {bound:.3f} s to read and write state once",
         ),
         ("bytes accessed", f"{_short(plan['bytes_accessed_per_chip'])}B"),
-        ("bytes sent per chip", kinds or "none"),
+        ("bytes sent per chip", _kinds(plan["sent_bytes_per_chip"])),
     ]
+    if meanwhile := plan["sent_meanwhile_bytes_per_chip"]:
+        hidden = f"{seconds['communication_meanwhile']:.3f} s"
+        rows.append(("while others compute", f"{_kinds(meanwhile)}, {hidden}"))
+    return rows
+
+
+def _kinds(sent: dict[str, float]) -> str:
+    return (
+        ", ".join(f"{kind} {_short(n)}B" for kind, n in sent.items()) or "none"
+    )
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
