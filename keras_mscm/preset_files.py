@@ -196,19 +196,21 @@ def _check_weights(preset: str | os.PathLike) -> None:
         )
 
 
-def save_network(
-    network: Any,
+def save_to_preset(
+    saved: Any,
     preset: str | os.PathLike,
     *,
     weights_dtype: str = "float32",
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """What `save_to_preset` of a network does.
+    """Saves a network, or a model around one, in a directory.
 
-    The directory appears as a whole or not at all.
+    Of a model these are its arguments and the averaged weights; neither
+    optimizer nor teacher: to go on with training, `save` the model. The
+    directory appears as a whole or not at all.
 
     Args:
-        network: Network, whose class is registered with Keras.
+        saved: The network or model, whose class is registered with Keras.
         preset: Directory; a preset that is already there is replaced.
         weights_dtype: `"float32"` for weights as they are, `"float16"` for
             half the space. They are loaded into float32 either way.
@@ -218,50 +220,33 @@ def save_network(
         ValueError: If `weights_dtype` is neither, or the directory holds
             something else.
     """
-    _save(network, network, None, preset, weights_dtype, metadata)
-
-
-def save_model(
-    model: Any,
-    preset: str | os.PathLike,
-    *,
-    weights_dtype: str = "float32",
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """What `save_to_preset` of a model does; arguments as `save_network`.
-
-    Of the weights, the moving average's are kept. Optimizer and teacher are
-    not: to go on with training, save the model with `model.save`.
-    """
-    task = keras.saving.serialize_keras_object(model)
-    # The network has a file of its own, and the model takes its dtype.
-    for name in ("network", "dtype"):
-        task["config"].pop(name, None)
-    _save(
-        model.network, model.ema_network, task, preset, weights_dtype, metadata
-    )
-
-
-def _save(network, averaged, task, preset, weights_dtype, metadata):
     if weights_dtype not in ("float32", "float16"):
         raise ValueError(
             "`weights_dtype` must be 'float32' or 'float16'. Received: "
             f"weights_dtype={weights_dtype!r}"
         )
-    config = keras.saving.serialize_keras_object(network)
+    network = averaged = saved
+    task = None
+    if hasattr(saved, "ema_network"):
+        network, averaged = saved.network, saved.ema_network
+        task = keras.saving.serialize_keras_object(saved)
+        # The network has a file of its own, and the model takes its dtype.
+        for name in ("network", "dtype"):
+            task["config"].pop(name, None)
     facts = {
         **(metadata or {}),
         "parameters": network.count_params(),
         "keras": keras.__version__,
         "date": datetime.date.today().isoformat(),
     }
+    files = {
+        CONFIG: keras.saving.serialize_keras_object(network),
+        TASK: task,
+        METADATA: facts,
+    }
 
     def write(folder):
-        for file, content in (
-            (CONFIG, config),
-            (TASK, task),
-            (METADATA, facts),
-        ):
+        for file, content in files.items():
             if content is not None:
                 content = _without(content, "build_config", "compile_config")
                 text = json.dumps(content, indent=2) + "\n"

@@ -206,7 +206,7 @@ def test_a_preset_without_weights():
 
 def test_a_network_of_another_class(tmp_path):
     network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    preset_files.save_network(network, tmp_path / "dense")
+    preset_files.save_to_preset(network, tmp_path / "dense")
     with pytest.raises(ValueError, match=r"hold a UViT.*holds a Sequential"):
         UViT.from_preset(tmp_path / "dense")
     loaded = preset_files.load_network(keras.Model, tmp_path / "dense")
@@ -276,7 +276,9 @@ class Counter(keras.layers.Layer):
 def test_half_precision_is_for_real_numbers_only(tmp_path):
     network = keras.Sequential([keras.Input((2,)), Counter()])
     network.layers[0].counter.assign(123457)
-    preset_files.save_network(network, tmp_path / "a", weights_dtype="float16")
+    preset_files.save_to_preset(
+        network, tmp_path / "a", weights_dtype="float16"
+    )
     loaded = preset_files.load_network(keras.Model, tmp_path / "a")
     assert int(loaded.layers[0].counter) == 123457
 

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import keras
@@ -331,28 +331,4 @@ class Denoiser(keras.Model):
         """
         return preset_files.load_model(cls, preset, load_weights, **kwargs)
 
-    def save_to_preset(
-        self,
-        preset: str | os.PathLike,
-        *,
-        weights_dtype: str = "float32",
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Saves the model's averaged weights and its arguments in a directory.
-
-        Neither optimizer nor teacher: to go on with training, `save` the model.
-        The directory appears as a whole or not at all.
-
-        Args:
-            preset: Directory; a preset that is already there is replaced.
-            weights_dtype: `"float32"` for weights as they are, `"float16"` for
-                half the space. They are loaded into float32 either way.
-            metadata: What else is to be known, such as `{"description": ...}`.
-
-        Raises:
-            ValueError: If `weights_dtype` is neither, or the directory holds
-                something else.
-        """
-        preset_files.save_model(
-            self, preset, weights_dtype=weights_dtype, metadata=metadata
-        )
+    save_to_preset = preset_files.save_to_preset

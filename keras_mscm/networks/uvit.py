@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
@@ -382,30 +382,7 @@ class UViT(keras.Model):
         """
         return preset_files.load_network(cls, preset, load_weights, **kwargs)
 
-    def save_to_preset(
-        self,
-        preset: str | os.PathLike,
-        *,
-        weights_dtype: str = "float32",
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Saves the network and its weights in a directory.
-
-        The directory appears as a whole or not at all.
-
-        Args:
-            preset: Directory; a preset that is already there is replaced.
-            weights_dtype: `"float32"` for weights as they are, `"float16"` for
-                half the space. They are loaded into float32 either way.
-            metadata: What else is to be known, such as `{"description": ...}`.
-
-        Raises:
-            ValueError: If `weights_dtype` is neither, or the directory holds
-                something else.
-        """
-        preset_files.save_network(
-            self, preset, weights_dtype=weights_dtype, metadata=metadata
-        )
+    save_to_preset = preset_files.save_to_preset
 
     def get_config(self) -> dict[str, Any]:
         return {
