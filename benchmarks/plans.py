@@ -114,12 +114,16 @@ def row(preset, method, plan):
 
 def overview():
     """All plans that there are, beside the paper's rates."""
-    rows = []
+    rows, older = [], []
     for preset in PAPER:
         for method in METHODS:
             file = FOLDER / f"{preset}_{method}.json"
             if file.is_file():
-                rows.append(row(preset, method, json.loads(file.read_text())))
+                plan = json.loads(file.read_text())
+                rows.append(row(preset, method, plan))
+                listed = "sent_meanwhile_bytes_per_chip" in plan
+                if plan["shard_weights"] and not listed:
+                    older.append(f"{preset} ({method})")
     table = "\n".join(tables.markdown(COLUMNS, rows))
     head = __doc__.split("\n")[0]
     (FOLDER / "README.md").write_text(
@@ -127,6 +131,8 @@ def overview():
         "bfloat16, Adam, moving average. The compiler's estimate, not a "
         "measurement, beside the rate that the paper measured; for `generate` "
         f"8 student steps are one step.\n\n{table}"
+        + "\nMade before plans listed what is sent while others compute, which "
+        f"changes no rate: {', '.join(older)}.\n" * bool(older)
     )
 
 

@@ -110,6 +110,7 @@ def tables(results):
     seeds = sorted({r["seed"] for r in results.rows})
     best = results.best()
     real = results.values(kind="real")
+    held_out = results.values("num_samples", kind="real")[0]
     done += [
         f"## {results.name}, {results.size} size",
         "",
@@ -127,9 +128,9 @@ def tables(results):
             ),
             4,
         )
-        + f"; as many real images, held out, {cell(real, 4)}. In the tables: "
-        "distance over the teacher's best, and the paper's FID over its "
-        "teacher's.",
+        + f"; {held_out} real images, held out, {cell(real, 4)}. In the "
+        "tables: distance over the teacher's best, and the paper's FID over "
+        "its teacher's.",
         "",
     ]
     if 1 in settings["tables"]:
