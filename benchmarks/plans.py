@@ -40,7 +40,7 @@ SAMPLED_WHOLE = (
     "imagenet64_large",
     "imagenet128_large",
 )
-# Of these what is kept for the gradient takes more than a chip has.
+# Of these blocks are computed twice: at 512x512 there is much to keep.
 REMAT = ("text_to_image_512",)
 COLUMNS = (
     "network",

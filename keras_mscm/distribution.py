@@ -158,6 +158,7 @@ class UnevenModelParallel(keras.distribution.ModelParallel):
     """
 
     def get_variable_layout(self, variable):
+        """That of the layout map, or whole on each device."""
         layout = super().get_variable_layout(variable)
         mesh = self.device_mesh
         devices = dict(zip(mesh.axis_names, mesh.shape))
