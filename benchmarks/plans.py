@@ -31,17 +31,12 @@ PAPER = {
     "imagenet128_large": ("v5e:16x16", 2.2, 1.8),
     "text_to_image_512": ("v5e:16x16", None, 0.71),
 }
-# Of these each chip has room for all weights. Those of the others are divided
-# among the chips, as they don't fit, or leave too little room for the rest.
-TRAINED_WHOLE = ("imagenet64_small",)
-SAMPLED_WHOLE = (
-    "imagenet64_small",
-    "imagenet128_small",
-    "imagenet64_large",
-    "imagenet128_large",
-)
-# Of these blocks are computed twice: at 512x512 there is much to keep.
-REMAT = ("text_to_image_512",)
+# Here each chip has room for all weights in training. Elsewhere they are
+# divided among the chips: they don't fit, or leave too little for the rest.
+WHOLE = ("imagenet64_small",)
+# Here they are in sampling too; in training blocks are computed twice, as there
+# is much to keep of 512x512 pixels.
+LARGEST = "text_to_image_512"
 COLUMNS = (
     "network",
     "slice",
@@ -62,10 +57,10 @@ def options(preset, method):
     chosen = {"preset": preset, "topology": topology, "method": method}
     chosen |= {"batch-size": BATCH_SIZE}
     words = [f"--{name}={value}" for name, value in chosen.items()]
-    sampled = method == "generate"
-    if preset not in (SAMPLED_WHOLE if sampled else TRAINED_WHOLE):
+    trained = method != "generate"
+    if preset == LARGEST or (trained and preset not in WHOLE):
         words.append("--shard-weights")
-    if preset in REMAT and not sampled:
+    if preset == LARGEST and trained:
         words.append("--remat")
     return words
 
