@@ -170,15 +170,21 @@ def test_attention_in_every_precision(dtype):
     rng = np.random.default_rng(0)
     query, key, value = rng.standard_normal((3, 2, 5, 3, 4), "float32")
     mask = rng.random((2, 1, 1, 5)) < 0.7
-    logits = np.einsum("bqhd,bkhd->bhqk", query, key) / 2
+    scale, epsilons = rng.uniform(1, 2, 4).astype("float32"), (0.1, 0.2)
+    roots = [
+        np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon)
+        for x, epsilon in zip((query, key), epsilons)
+    ]
+    normed = query / roots[0] * scale, key / roots[1]
+    logits = np.einsum("bqhd,bkhd->bhqk", *normed) / 2
     weights = np.exp(np.where(mask, logits, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhqk,bkhd->bqhd", weights, value)
 
     def attend(query, key, value, mask):
         halves = (ops.cast(x, dtype) for x in (query, key, value))
-        attended = backend.dot_product_attention(
-            *halves, query_scale=np.full(4, 9.0), mask=mask
+        attended = backend.normalized_attention(
+            *halves, query_scale=scale, epsilons=epsilons, mask=mask
         )
         assert keras.backend.standardize_dtype(attended.dtype) == dtype
         return ops.cast(attended, "float32")

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(
     backend.NAME != "jax", reason="Keras runs on TPUs by JAX alone"
 )
 
+EPSILONS = 1e-6, 1e-7
+
 
 def random_inputs(seed=0, size=(2, 5, 3, 8), length=1024):
     rng = np.random.default_rng(seed)
@@ -28,45 +30,56 @@ def random_inputs(seed=0, size=(2, 5, 3, 8), length=1024):
     ]
 
 
-def bound_of(query, key, *_):
-    longest = [ops.max(ops.norm(x, axis=-1)) for x in (query, key)]
-    return longest[0] * longest[1] / query.shape[-1] ** 0.5
-
-
 def masks():
     mask = np.random.default_rng(1).random((2, 1, 1, 1024)) < 0.6
     mask[..., 0] = True
     return [None, ops.convert_to_tensor(mask)]
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 10.0])
+def keras_own(query, key, value, *, query_scale, epsilons, mask=None):
+    query = ops.rms_normalization(query, query_scale, epsilon=epsilons[0])
+    key = ops.rms_normalization(key, epsilon=epsilons[1])
+    return ops.dot_product_attention(query, key, value, mask=mask)
+
+
+@pytest.mark.parametrize("epsilons", [(1e-6, 1e-7), (0.3, 2.0)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0])
 @pytest.mark.parametrize("mask", masks(), ids=["whole", "masked"])
-def test_is_keras_own_with_its_gradient(mask, scale):
+def test_is_keras_own_with_its_gradient(mask, size, epsilons):
     import jax
 
     query, key, value = random_inputs()
-    inputs = scale * query, key, value
+    rng = np.random.default_rng(2)
+    scale = ops.convert_to_tensor(rng.uniform(-3, 3, 8), "float32")
     # As small as the gradients of a mean over many images.
-    weights = 1e-9 * np.random.default_rng(2).standard_normal((2, 5, 3, 8))
+    weights = 1e-9 * rng.standard_normal((2, 5, 3, 8))
 
-    def run(attention, **kwargs):
-        def loss(*inputs):
-            return ops.sum(weights * attention(*inputs, mask=mask, **kwargs))
+    def run(attention):
+        def loss(query, key, value, scale):
+            attended = attention(
+                size * query,
+                key,
+                value,
+                query_scale=scale,
+                epsilons=epsilons,
+                mask=mask,
+            )
+            return ops.sum(weights * attended)
 
-        gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
-        return [1e9 * x for x in (loss(*inputs), *gradients)]
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
+        inputs = query, key, value, scale
+        return [1e9 * x for x in (loss(*inputs), *gradient(*inputs))]
 
-    got = run(attention, bound=bound_of(*inputs))
-    expected = run(ops.dot_product_attention)
-    for a, b in zip(got, expected):
+    for a, b in zip(run(attention), run(keras_own)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_normalised_queries_may_be_scaled_by_7():
-    """With 64 channels per head, and the worst keys: all opposite."""
-    query, key = ops.full((1, 1, 1, 64), 7.0), ops.full((1, 3, 1, 64), -1.0)
+    """The worst keys: all opposite."""
+    query, key = ops.ones((1, 1, 1, 64)), -ops.ones((1, 3, 1, 64))
     _, _, value = random_inputs(size=(1, 1, 1, 64), length=3)
-    got = attention(query, key, value, bound=56.0)
+    scale = ops.full((64,), 7.0)
+    got = attention(query, key, value, query_scale=scale, epsilons=EPSILONS)
     np.testing.assert_allclose(got[0, 0], ops.mean(value[0], 0), rtol=1e-4)
 
 
@@ -89,23 +102,28 @@ def test_beyond_all_range_it_is_finite():
     import jax
 
     query, key, value = random_inputs(3)
-    bound = bound_of(1e3 * query, key)
 
-    def loss(query):
-        return ops.sum(attention(1e3 * query, key, value, bound=bound))
+    def loss(query, scale):
+        attended = attention(
+            query, key, value, query_scale=scale, epsilons=EPSILONS
+        )
+        return ops.sum(attended)
 
-    output, gradient = jax.value_and_grad(loss)(query)
+    output, gradients = jax.value_and_grad(loss, (0, 1))(
+        query, ops.full((8,), 1e3)
+    )
     assert np.isfinite(output)
-    assert np.isfinite(gradient).all()
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype):
     inputs = random_inputs(4)
-    expected = ops.dot_product_attention(*inputs)
+    kwargs = {"query_scale": np.full(8, 2.0, "float32"), "epsilons": EPSILONS}
+    expected = keras_own(*inputs, **kwargs)
     with backend.compiling_for("tpu"):
-        got = backend.dot_product_attention(
-            *(ops.cast(x, dtype) for x in inputs), query_scale=np.full(8, 9.0)
+        got = backend.normalized_attention(
+            *(ops.cast(x, dtype) for x in inputs), **kwargs
         )
     assert keras.backend.standardize_dtype(got.dtype) == dtype
     np.testing.assert_allclose(ops.cast(got, "float32"), expected, atol=3e-2)

@@ -5,7 +5,6 @@ update variables in place. Everything that this difference touches is here.
 """
 
 import contextlib
-import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ NAME = keras.backend.backend()
 if NAME == "jax":
     import jax
 
-    from keras_mscm.backend import tpu_attention
+    from keras_mscm.backend import tpu_attention, tpu_layouts
 elif NAME == "tensorflow":
     import tensorflow as tf
 elif NAME == "torch":
@@ -381,12 +380,18 @@ def _converted(args: Sequence[Any], convert: Callable[[Any], Any]) -> list:
     ]
 
 
-def dot_product_attention(
-    query: Any, key: Any, value: Any, *, query_scale: Any, mask: Any = None
+def normalized_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    query_scale: Any,
+    epsilons: tuple[float, float],
+    mask: Any = None,
 ) -> Any:
-    """`keras.ops.dot_product_attention`, on TPUs and in float16 too.
+    """Attention of queries and keys, each divided by its root mean square.
 
-    Of queries and keys that are normalised to a root mean square of 1.
+    `keras.ops.dot_product_attention`, on TPUs and in float16 too.
 
     On TPUs it is `tpu_attention.attention`: there Keras takes JAX's Splash
     attention as if places were in causal order, and leaves out the scale
@@ -401,22 +406,62 @@ def dot_product_attention(
         query: `(batch, places, heads, channels)`.
         key: `(batch, length, heads, channels)`.
         value: `(batch, length, heads, channels)`.
-        query_scale: What the normalised queries have been multiplied by,
-            `(channels,)`.
+        query_scale: What the normalised queries are multiplied by,
+            `(channels,)`. The keys' need no scale, as what multiplies the one
+            multiplies the other.
+        epsilons: What the mean squares of queries, and of keys, are increased
+            by.
         mask: True where a key counts, of a shape that broadcasts to `(batch,
             heads, places, length)`. None if all do.
 
     Returns:
         `(batch, places, heads, channels)`.
     """
-    attention = ops.dot_product_attention
-    if NAME == "jax" and _platform() == "tpu":
-        bound = tpu_attention.largest_logit(query_scale)
-        attention = functools.partial(tpu_attention.attention, bound=bound)
-    if NAME != "jax" or query.dtype != "float16" or _platform() == "gpu":
-        return attention(query, key, value, mask=mask)
-    exact = [ops.cast(x, "float32") for x in (query, key, value)]
-    return ops.cast(attention(*exact, mask=mask), "float16")
+    dtype = query.dtype
+    if not _on_tpu():
+        query = ops.rms_normalization(query, query_scale, epsilon=epsilons[0])
+        key = ops.rms_normalization(key, epsilon=epsilons[1])
+    if NAME == "jax" and dtype == "float16" and _platform() != "gpu":
+        query, key, value = (
+            ops.cast(x, "float32") for x in (query, key, value)
+        )
+    if _on_tpu():
+        attended = tpu_attention.attention(
+            query,
+            key,
+            value,
+            query_scale=ops.cast(query_scale, "float32"),
+            epsilons=epsilons,
+            mask=mask,
+        )
+    else:
+        attended = ops.dot_product_attention(query, key, value, mask=mask)
+    return ops.cast(attended, dtype)
+
+
+def laid_out(maps: Any) -> Any:
+    """Feature maps as convolutions on TPUs take and leave them.
+
+    Args:
+        maps: `(batch, height, width, channels)`.
+
+    Returns:
+        The same.
+    """
+    return tpu_layouts.places_first(maps) if _on_tpu() else maps
+
+
+def unpooled(maps: Any, unpool: keras.layers.UpSampling2D) -> Any:
+    """`unpool(maps)`, on TPUs too.
+
+    Args:
+        maps: `(batch, height, width, channels)`.
+        unpool: Gives what is at each place to four.
+
+    Returns:
+        `(batch, 2 height, 2 width, channels)`.
+    """
+    return tpu_layouts.unpooled(maps) if _on_tpu() else unpool(maps)
 
 
 _compiled_for: str | None = None
@@ -439,6 +484,10 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 def _platform() -> str:
     return _compiled_for or jax.default_backend()
+
+
+def _on_tpu() -> bool:
+    return NAME == "jax" and _platform() == "tpu"
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:

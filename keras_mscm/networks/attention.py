@@ -53,8 +53,7 @@ def attend(
         query: `(batch, places, heads, channels)`.
         key: `(batch, length, heads, channels)`.
         value: `(batch, length, heads, channels)`.
-        norm_query: The queries' normalisation. The keys' needs no scale, as
-            what multiplies the one multiplies the other.
+        norm_query: The queries' normalisation. The keys' has no weights.
         mask: True where a key counts, of a shape that broadcasts to `(batch,
             heads, places, length)`. None if all do.
 
@@ -65,18 +64,19 @@ def attend(
         Dehghani et al., *Scaling vision transformers to 22 billion
         parameters*, 2023.
     """
-    return backend.dot_product_attention(
-        norm_query(query),
-        ops.rms_normalization(key),
+    return backend.normalized_attention(
+        query,
+        key,
         value,
         query_scale=norm_query.scale,
+        epsilons=(norm_query.epsilon, keras.config.epsilon()),
         mask=mask,
     )
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class CrossAttention(keras.layers.Layer):
-    """Each place of the feature maps attends to a sequence.
+    """Each place of an image attends to a sequence.
 
     Queries and keys are normalised per head, as in `TransformerBlock`.
 
@@ -85,12 +85,12 @@ class CrossAttention(keras.layers.Layer):
         **kwargs: As for any Keras layer.
 
     Call arguments:
-        inputs: Feature maps, `(batch, height, width, channels)`; tokens,
-            `(batch, length, context_width)`; and their mask, `(batch,
-            length)`, True for at least one token of each image.
+        inputs: Places, `(batch, places, channels)`; tokens, `(batch, length,
+            context_width)`; and their mask, `(batch, length)`, True for at
+            least one token of each image.
 
     Call returns:
-        What is to be added to the feature maps.
+        What is to be added to the places.
     """
 
     def __init__(self, head_width: int = 64, **kwargs: Any):
@@ -98,8 +98,8 @@ class CrossAttention(keras.layers.Layer):
         self.head_width = head_width
 
     def build(self, input_shape: tuple) -> None:
-        maps, tokens, _ = input_shape
-        width, policy = maps[-1], self.dtype_policy
+        places, tokens, _ = input_shape
+        width, policy = places[-1], self.dtype_policy
         self.num_heads = width // self.head_width
 
         def dense(units, name, **kw):
@@ -114,21 +114,19 @@ class CrossAttention(keras.layers.Layer):
             width, "attention_output", kernel_initializer="zeros"
         )
         self.norm_query.build((None, None, self.num_heads, self.head_width))
-        self.query.build(maps)
+        self.query.build(places)
         self.key_value.build(tokens)
-        self.attention_output.build(maps)
+        self.attention_output.build(places)
 
     def call(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        maps, tokens, mask = inputs
-        _, height, width, channels = maps.shape
+        places, tokens, mask = inputs
         heads = (self.num_heads, self.head_width)
-        places = ops.reshape(maps, (-1, height * width, channels))
         (query,) = split_heads(places, self.query, (1, *heads))
         key, value = split_heads(tokens, self.key_value, (2, *heads))
         attended = attend(
             query, key, value, self.norm_query, mask[:, None, None]
         )
-        attended = ops.reshape(attended, (-1, height, width, channels))
+        attended = ops.reshape(attended, (-1, *places.shape[1:]))
         return self.attention_output(attended)
 
     def flops(self, height: int, width: int, length: int) -> int:

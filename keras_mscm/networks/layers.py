@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.attention import CrossAttention, attend, split_heads
 from keras_mscm.networks.dropout import Dropout
@@ -143,7 +144,8 @@ class ResNetBlock(keras.layers.Layer):
             return x + self.conv_2(h)
 
         run = keras.remat(block) if self.remat and training else block
-        return run(*inputs)
+        maps, embedding = inputs
+        return run(backend.laid_out(maps), embedding)
 
     def flops(self, height: int, width: int) -> int:
         """Of one image of `height` x `width` places.
@@ -250,21 +252,18 @@ class TransformerBlock(keras.layers.Layer):
         self.dropout.build((*maps[:-1], hidden))
         self.mlp_output.build((*maps[:-1], hidden))
 
-    def _attention(self, maps: Tensor) -> Tensor:
-        _, height, width, channels = maps.shape
+    def _attention(self, places: Tensor) -> Tensor:
         query, key, value = split_heads(
-            ops.reshape(maps, (-1, height * width, channels)),
-            self.query_key_value,
-            (3, self.num_heads, self.head_width),
+            places, self.query_key_value, (3, self.num_heads, self.head_width)
         )
         attended = attend(query, key, value, self.norm_query)
-        attended = ops.reshape(attended, (-1, height, width, channels))
+        attended = ops.reshape(attended, (-1, *places.shape[1:]))
         return self.attention_output(attended)
 
     def call(
         self, inputs: tuple[Tensor, ...], training: bool | None = None
     ) -> Tensor:
-        x, embedding, *context = inputs
+        maps, embedding, *context = inputs
         # Outside, as in `ResNetBlock`; and the mask, which has no gradient.
         state = self.dropout.draw() if training else None
         tokens, mask = context[:1], context[1:]
@@ -275,14 +274,17 @@ class TransformerBlock(keras.layers.Layer):
                 normed = ops.rms_normalization(x)
                 x = x + self.cross_attention((normed, *tokens, *mask))
             h = ops.silu(self.mlp_hidden(ops.rms_normalization(x)))
-            modulation = self.modulation(ops.silu(embedding))[:, None, None]
+            modulation = self.modulation(ops.silu(embedding))[:, None]
             scale, shift = ops.split(modulation, 2, axis=-1)
             h = h * (1 + scale) + shift
             h = self.dropout(h, training=training, state=state)
             return x + self.mlp_output(h)
 
         run = keras.remat(block) if self.remat and training else block
-        return run(x, embedding, *tokens)
+        _, height, width, channels = maps.shape
+        places = ops.reshape(maps, (-1, height * width, channels))
+        places = run(places, embedding, *tokens)
+        return ops.reshape(places, (-1, height, width, channels))
 
     def flops(self, height: int, width: int, length: int = 0) -> int:
         """Of one image of `height` x `width` places, `length` tokens beside."""

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import preset_files
+from keras_mscm import backend, preset_files
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.context import ContextEmbedding
 from keras_mscm.networks.layers import (
@@ -312,7 +312,7 @@ class UViT(keras.Model):
 
         for stage in reversed(range(len(self.up))):
             # As after unpooling, to each place the same: for a quarter of them.
-            maps = self.unpool(self.narrow[stage](maps))
+            maps = backend.unpooled(self.narrow[stage](maps), self.unpool)
             for block in self.up[stage]:
                 maps = maps + skips.pop()
                 maps = block((maps, *conditions[stage]), training=training)

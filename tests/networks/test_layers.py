@@ -336,9 +336,9 @@ def test_context_embedding_config_round_trip():
     assert loaded.width == 12
 
 
-def numpy_cross_attention(w, maps, tokens, mask, head_width=16):
-    heads = (len(maps), -1, maps.shape[-1] // head_width, head_width)
-    query = dense(w, "query", maps).reshape(heads)
+def numpy_cross_attention(w, places, tokens, mask, head_width=16):
+    heads = (len(places), -1, places.shape[-1] // head_width, head_width)
+    query = dense(w, "query", places).reshape(heads)
     key, value = (
         part.reshape(heads)
         for part in np.split(dense(w, "key_value", tokens), 2, axis=-1)
@@ -349,7 +349,11 @@ def numpy_cross_attention(w, maps, tokens, mask, head_width=16):
     share *= mask[:, None, None]
     share /= share.sum(axis=-1, keepdims=True)
     attended = np.einsum("bhqk,bkhd->bqhd", share, value)
-    return dense(w, "attention_output", attended.reshape(maps.shape))
+    return dense(w, "attention_output", attended.reshape(places.shape))
+
+
+def places_of(maps):
+    return ops.reshape(maps, (maps.shape[0], -1, maps.shape[-1]))
 
 
 def built_with_context():
@@ -365,24 +369,27 @@ def built_with_context():
 
 def test_cross_attention_is_its_numpy_reference():
     block, (maps, _, tokens, mask) = built_with_context()
-    layer = block.cross_attention
-    exact = [ops.convert_to_numpy(x).astype("float64") for x in (maps, tokens)]
+    layer, places = block.cross_attention, places_of(maps)
+    exact = [
+        ops.convert_to_numpy(x).astype("float64") for x in (places, tokens)
+    ]
     expected = numpy_cross_attention(
         weights(layer), *exact, ops.convert_to_numpy(mask)
     )
-    got = run(layer, (maps, tokens, mask))
+    got = run(layer, (places, tokens, mask))
     np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
 def test_cross_attention_stands_between_self_attention_and_mlp():
     block, (maps, embedding, *context) = built_with_context()
-    x = maps + block._attention(ops.rms_normalization(maps))
+    places = places_of(maps)
+    x = places + block._attention(ops.rms_normalization(places))
     x = x + block.cross_attention((ops.rms_normalization(x), *context))
     h = ops.silu(block.mlp_hidden(ops.rms_normalization(x)))
-    modulation = block.modulation(ops.silu(embedding))[:, None, None]
+    modulation = block.modulation(ops.silu(embedding))[:, None]
     scale, shift = ops.split(modulation, 2, axis=-1)
     expected = x + block.mlp_output(h * (1 + scale) + shift)
-    got = run(block, (maps, embedding, *context))
+    got = places_of(run(block, (maps, embedding, *context)))
     np.testing.assert_allclose(got, ops.convert_to_numpy(expected), atol=1e-5)
 
 
