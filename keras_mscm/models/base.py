@@ -322,32 +322,13 @@ class DenoisingModel(Denoiser):
         Raises:
             ValueError: If the loss is unknown, or not one value per example.
         """
-        try:
-            loss = keras.losses.get(loss) or self.default_loss()
-        except ValueError as error:
-            raise ValueError(
-                "`loss` must be a loss of `keras_mscm.losses` or another "
-                f"`keras.losses.Loss`. Received: loss={loss!r}"
-            ) from error
-        if getattr(loss, "reduction", "sum") in (None, "none"):
-            raise ValueError(
-                "`loss` must have a reduction, such as 'sum_over_batch_size'. "
-                f"Received: {loss} with reduction={loss.reduction!r}"
-            )
-        images = ops.zeros((2, *self.image_shape))
-        per_example = getattr(loss, "call", loss)(images, images)
-        if tuple(per_example.shape) != (2,):
-            raise ValueError(
-                "`loss` must give one value per example, shape (batch,), as "
-                "the weights over time do; see `keras_mscm.losses`. Received: "
-                f"{loss}, which gives {tuple(per_example.shape)} for a batch "
-                "of 2"
-            )
+        loss = checks.as_loss(loss) or self.default_loss()
+        checks.check_loss(loss, self.image_shape)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         self._jit_compile_given = kwargs.get("jit_compile", "auto")
         # Built here, as Keras would do it by calling the model on raw images.
         self.optimizer.build(self.trainable_variables)
-        weight = ops.ones((2,))
+        images, weight = ops.zeros((2, *self.image_shape)), ops.ones((2,))
         self.compute_loss(None, images, images, weight)
         self.compute_metrics(None, images, images, weight)
         self.reset_metrics()

@@ -57,6 +57,34 @@ def check_number(
         )
 
 
+def as_loss(loss: Any) -> Any:
+    """What Keras makes of a loss, its name or configuration; None of None."""
+    try:
+        return keras.losses.get(loss)
+    except ValueError as error:
+        raise ValueError(
+            "`loss` must be a loss of `keras_mscm.losses` or another "
+            f"`keras.losses.Loss`. Received: loss={loss!r}"
+        ) from error
+
+
+def check_loss(loss: Any, image_shape: tuple[int, ...]) -> None:
+    """Raises unless a loss gives one value per example, and sums them up."""
+    if getattr(loss, "reduction", "sum") in (None, "none"):
+        raise ValueError(
+            "`loss` must have a reduction, such as 'sum_over_batch_size'. "
+            f"Received: {loss} with reduction={loss.reduction!r}"
+        )
+    images = ops.zeros((2, *image_shape))
+    per_example = getattr(loss, "call", loss)(images, images)
+    if tuple(per_example.shape) != (2,):
+        raise ValueError(
+            "`loss` must give one value per example, shape (batch,), as the "
+            "weights over time do; see `keras_mscm.losses`. Received: "
+            f"{loss}, which gives {tuple(per_example.shape)} for a batch of 2"
+        )
+
+
 def check_images(name: str, images: Any, image_shape: tuple[int, ...]) -> None:
     """Raises unless `images` is a batch of float images in [-1, 1]."""
     shape = tuple(images.shape)
