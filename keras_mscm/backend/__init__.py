@@ -5,6 +5,7 @@ update variables in place. Everything that this difference touches is here.
 """
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -417,26 +418,20 @@ def normalized_attention(
     Returns:
         `(batch, places, heads, channels)`.
     """
-    dtype = query.dtype
-    if not _on_tpu():
-        query = ops.rms_normalization(query, query_scale, epsilon=epsilons[0])
-        key = ops.rms_normalization(key, epsilon=epsilons[1])
-    if NAME == "jax" and dtype == "float16" and _platform() != "gpu":
-        query, key, value = (
-            ops.cast(x, "float32") for x in (query, key, value)
-        )
     if _on_tpu():
-        attended = tpu_attention.attention(
-            query,
-            key,
-            value,
+        attention = functools.partial(
+            tpu_attention.attention,
             query_scale=ops.cast(query_scale, "float32"),
             epsilons=epsilons,
-            mask=mask,
         )
     else:
-        attended = ops.dot_product_attention(query, key, value, mask=mask)
-    return ops.cast(attended, dtype)
+        attention = ops.dot_product_attention
+        query = ops.rms_normalization(query, query_scale, epsilon=epsilons[0])
+        key = ops.rms_normalization(key, epsilon=epsilons[1])
+    if NAME != "jax" or query.dtype != "float16" or _platform() == "gpu":
+        return attention(query, key, value, mask=mask)
+    exact = [ops.cast(x, "float32") for x in (query, key, value)]
+    return ops.cast(attention(*exact, mask=mask), "float16")
 
 
 def laid_out(maps: Any) -> Any:
