@@ -10,7 +10,7 @@ the same seed and global batch give the same weights, but for rounding.
     --topology v5e:8x8 --batch-size 2048` compiles the very step for a slice
     that you don't have yet, and says whether it fits and about how fast it
     will be (`pip install 'keras-mscm[tpu]'`). benchmarks/plans/README.md has
-    plans of the paper's networks, training and distillation of four and
+    plans of the paper's networks, training of four, distillation and
     sampling of all five, beside the paper's own rates.
 
 2.  **One GPU.** The same command with your data and network. Half precision,
