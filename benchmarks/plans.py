@@ -1,7 +1,8 @@
 """Plans of the paper's networks, on slices of TPUs that aren't there.
 
 Command:   python -m benchmarks.plans [--only imagenet64_small ...]
-Needs:     pip install 'keras-mscm[jax,tpu]', 5 minutes to an hour and 2 to 16 GiB a plan
+Needs:     pip install 'keras-mscm[jax,tpu]', 5 minutes to an hour and 2 to 16
+           GiB of memory a plan
 Writes:    benchmarks/plans/: each plan as a table and as JSON, and README.md,
            which sets them beside the paper's measured rates (appendix A.2)
 
