@@ -43,7 +43,6 @@ LARGEST = "text_to_image_512"
 OLDER = {
     "imagenet64_large": ("training", "distillation"),
     "imagenet128_large": ("training", "distillation"),
-    "text_to_image_512": ("generate",),
 }
 COLUMNS = (
     "network",
