@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_mscm import backend
 from keras_mscm.networks import UViT
+from keras_mscm.networks.layers import ResNetBlock
 
 if backend.NAME == "jax":
     from keras_mscm.backend import tpu_layouts
@@ -47,14 +48,26 @@ def test_a_layout_changes_nothing(layout):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unpooled_is_keras_own_with_its_gradient(dtype):
     x = random(2, 3, 4, 5, dtype=dtype)
-    layer = keras.layers.UpSampling2D(
-        data_format="channels_last", dtype="mixed_bfloat16"
-    )
-    layer.autocast = False
+    layer = keras.layers.UpSampling2D(data_format="channels_last", dtype=dtype)
     expected = with_gradient(layer, x)
     got = with_gradient(tpu_layouts.unpooled, x)
     for a, b in zip(got, expected):
         np.testing.assert_array_equal(a, b)
+
+
+def test_convolutions_are_given_their_layout():
+    import jax
+
+    block = ResNetBlock()
+    block.build(((None, 4, 4, 8), (None, 8)))
+    inputs = random(2, 4, 4, 8), random(2, 8)
+
+    def program():
+        return str(jax.make_jaxpr(lambda *x: block(x))(*inputs))
+
+    assert "layout_constraint" not in program()
+    with backend.compiling_for("tpu"):
+        assert "layout_constraint" in program()
 
 
 def test_a_network_is_the_same_on_tpus():
