@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.run import MODELS, read_results, read_settings
-from benchmarks.tables import markdown
+from benchmarks.tables import cell, markdown
 from benchmarks.verdicts import verdicts
 
 matplotlib.use("Agg")
@@ -62,12 +62,12 @@ class Results:
         self.rows = [r for r in read_results(name) if r["size"] == size]
 
     def values(self, field="frechet_distance", **key):
-        """One number per seed."""
-        return [
-            row[field]
+        """The number of each seed that has one."""
+        return {
+            row["seed"]: row[field]
             for row in self.rows
             if field in row and key.items() <= row.items()
-        ]
+        }
 
     def student(self, k, method="distillation", integrator="addim", steps=0):
         return self.values(
@@ -83,23 +83,18 @@ class Results:
         return [row for row in self.rows if row["kind"] == "further"]
 
     def best(self):
-        """The teacher's best by any sampler, per seed."""
-        seeds = sorted({row["seed"] for row in self.rows})
-        return [min(self.values(kind="curve", seed=seed)) for seed in seeds]
+        """Each seed's teacher at its best, by any sampler."""
+        best = {}
+        for row in self.rows:
+            if row["kind"] == "curve":
+                seed, distance = row["seed"], row["frechet_distance"]
+                best[seed] = min(distance, best.get(seed, distance))
+        return best
 
     def ratio(self, values):
-        """Of what each seed has, to the teacher's best."""
-        return [v / best for v, best in zip(values, self.best())]
-
-
-def cell(values, digits=3):
-    """Mean, and with several seeds the least and the most."""
-    if not values:
-        return ""
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        """Of what each seed has, to its teacher's best."""
+        best = self.best()
+        return {seed: value / best[seed] for seed, value in values.items()}
 
 
 def tables(results):
@@ -110,13 +105,18 @@ def tables(results):
     seeds = sorted({r["seed"] for r in results.rows})
     best = results.best()
     real = results.values(kind="real")
-    held_out = results.values("num_samples", kind="real")[0]
+    held_out = max(results.values("num_samples", kind="real").values())
+    judges = sorted({r["extractor"] for r in results.rows if "extractor" in r})
+    command = f"python -m benchmarks.run {results.name} --size {results.size}"
+    if seeds != settings["seeds"]:
+        command += " --seeds " + " ".join(map(str, seeds))
     done += [
         f"## {results.name}, {results.size} size",
         "",
-        f"`python -m benchmarks.run {results.name} --size {results.size}` on "
+        f"`{command}` on "
         f"{row['backend']}, {row['hardware']}, {row['date']}; seeds {seeds}; "
-        f"{settings['num_samples']} samples; features of `{row['extractor']}`; "
+        f"{settings['num_samples']} samples; features of "
+        f"{' and '.join(f'`{judge}`' for judge in judges)}; "
         f"{versions}. Teacher: {settings['teacher']}; students: "
         f"{settings['student']}; teacher steps {settings['anneal'][0]} to "
         f"{settings['anneal'][1]} in half the iterations.",
@@ -200,7 +200,7 @@ def tables(results):
         [
             *(_settings_of(row, settings)),
             f"{row['frechet_distance']:.4f}",
-            cell(results.ratio([row["frechet_distance"]])),
+            cell(results.ratio({row["seed"]: row["frechet_distance"]})),
         ]
         for row in results.further()
     ]
@@ -255,13 +255,16 @@ def draw_evaluations(results):
     for sampler in ("ddim", "addim"):
         _line(axes, results, f"teacher, {SAMPLERS[sampler]}", sampler=sampler)
     for method, name in METHODS.items():
-        points = [
-            (k, np.mean(results.student(k, method)))
+        known = [
+            (k, _mean(values), min(values.values()), max(values.values()))
             for k in (1, 2, 4, 8, 16)
-            if results.student(k, method)
+            if (values := results.student(k, method))
         ]
-        if points:
-            axes.plot(*zip(*points), "o-", label=name)
+        if known:
+            steps, means, least, most = zip(*known)
+            (line,) = axes.plot(steps, means, "o-", label=name)
+            spread = dict(color=line.get_color(), alpha=0.2)  # of the seeds
+            axes.fill_between(steps, least, most, **spread)
     further = {}
     for row in results.further():
         k, distance = row["student_steps"], row["frechet_distance"]
@@ -300,7 +303,7 @@ def draw_time(results):
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for name, sampler in (("DDIM", "ddim"), ("aDDIM", "addim")):
         points = [
-            (1000 * seconds[n], np.mean(values))
+            (1000 * seconds[n], _mean(values))
             for n in sorted(seconds)
             if (
                 values := results.values(
@@ -312,7 +315,7 @@ def draw_time(results):
             axes.plot(*zip(*points), "s--", label=f"teacher, {name}")
     for method, name in METHODS.items():
         points = [
-            (1000 * seconds[k], np.mean(results.student(k, method)))
+            (1000 * seconds[k], _mean(results.student(k, method)))
             for k in sorted(seconds)
             if results.student(k, method)
         ]
@@ -324,7 +327,7 @@ def draw_time(results):
 
 def draw_neighbours(results, count=12):
     """Samples of the 8-step student over their nearest training images."""
-    seed = results.rows[-1]["seed"]
+    seed = results.rows[0]["seed"]
     stem = f"{results.name}_{results.size}"
     path = MODELS / f"{stem}_distillation_8_addim_0_{seed}_samples.npz"
     if not path.is_file():
@@ -348,9 +351,13 @@ def draw_neighbours(results, count=12):
     return figure
 
 
+def _mean(values):
+    return np.mean(list(values.values()))
+
+
 def _line(axes, results, label, sampler, grid="cosine"):
     points = [
-        (n, np.mean(values))
+        (n, _mean(values))
         for n in sorted({row.get("num_steps", 0) for row in results.rows})
         if (
             values := results.values(
@@ -364,7 +371,7 @@ def _line(axes, results, label, sampler, grid="cosine"):
 
 def _finish(axes, results, xlabel):
     axes.axhline(
-        np.mean(results.values(kind="real")),
+        _mean(results.values(kind="real")),
         color="grey",
         linestyle=":",
         label="real images, held out",

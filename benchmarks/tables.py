@@ -1,7 +1,20 @@
 """Tables in Markdown."""
 
+import statistics
+
 
 def markdown(head, lines):
     """The lines of a table, and an empty one."""
     rows = [head, ["---"] * len(head), *lines]
     return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+
+
+def cell(values, digits=3):
+    """Mean of what each seed has; of several also the least and the most."""
+    if not values:
+        return ""
+    numbers = values.values()
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"

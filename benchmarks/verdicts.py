@@ -1,8 +1,9 @@
 """The paper's claims, each confirmed or not by an experiment's numbers."""
 
+import statistics
 from itertools import pairwise
 
-import numpy as np
+from benchmarks.tables import cell
 
 CD_TARGETS = {4: 1.13, 8: 1.07, 16: 1.0}  # the paper's own ratios
 
@@ -10,8 +11,8 @@ CD_TARGETS = {4: 1.13, 8: 1.07, 16: 1.0}  # the paper's own ratios
 def verdicts(results):
     """Triples of a claim, what was measured, and the reading.
 
-    A claim about several numbers is confirmed if it holds for all of them, and
-    contradicted if for none.
+    A claim about several numbers, or one number of several seeds, is confirmed
+    if it holds for all of them, and contradicted if for none.
     """
     claims = [*_near_the_teacher(results)]
     for method, name in (("distillation", "CD"), ("training", "CT")):
@@ -26,32 +27,38 @@ def _verdict(held):
     return "not confirmed" if any(held) else "contradicted"
 
 
-def _mean(values):
-    return float(np.mean(values))
+def _no_worse(ours, theirs):
+    """For each seed that has both, whether ours is no further away."""
+    return [ours[seed] <= theirs[seed] for seed in ours if seed in theirs]
 
 
 def _near_the_teacher(results):
+    """Of the mean over seeds, as a target is about the method."""
     for k, target in CD_TARGETS.items():
         ratios = results.ratio(results.student(k))
         if ratios:
-            ratio = _mean(ratios)
+            near = statistics.mean(ratios.values()) <= target
             yield (
                 f"CD at K = {k} within {target} of the teacher's best",
-                f"{ratio:.3f}",
-                "confirmed" if ratio <= target else "not confirmed",
+                cell(ratios),
+                "confirmed" if near else "not confirmed",
             )
 
 
 def _better_with_more_steps(results, method, name):
-    known = [
-        (k, _mean(values))
+    known = {
+        k: values
         for k in (1, 2, 4, 8, 16)
         if (values := results.student(k, method))
-    ]
+    }
     if len(known) < 2:
         return []
-    held = [b <= a for (_, a), (_, b) in pairwise(known)]
-    said = ", ".join(f"{k}: {value:.4f}" for k, value in known)
+    held = [
+        better
+        for fewer, more in pairwise(known.values())
+        for better in _no_worse(more, fewer)
+    ]
+    said = ", ".join(f"{k}: {cell(values, 4)}" for k, values in known.items())
     return [(f"{name}: each K better than the K below", said, _verdict(held))]
 
 
@@ -65,21 +72,28 @@ def _annealing(results):
             for n in results.settings["constant_teacher_steps"]
         }
         for row in results.further():
-            steps, value = row["teacher_steps"], [row["frechet_distance"]]
+            steps, value = row["teacher_steps"], row["frechet_distance"]
             if row["student_steps"] != k or "iterations" in row:
                 continue
             if isinstance(steps, list):
-                annealed["{} to {}".format(*steps)] = value
+                key, kind = "{} to {}".format(*steps), annealed
             else:
-                constant[steps] = value
-        constant = {n: _mean(v) for n, v in sorted(constant.items()) if v}
+                key, kind = steps, constant
+            kind.setdefault(key, {})[row["seed"]] = value
+        constant = {
+            n: values for n, values in sorted(constant.items()) if values
+        }
         for steps, values in annealed.items():
-            if not values or not constant:
+            held = [
+                better
+                for others in constant.values()
+                for better in _no_worse(values, others)
+            ]
+            if not held:
                 continue
-            said = f"{_mean(values):.4f}; " + ", ".join(
-                f"{n}: {value:.4f}" for n, value in constant.items()
+            said = f"{cell(values, 4)}; " + ", ".join(
+                f"{n}: {cell(others, 4)}" for n, others in constant.items()
             )
-            held = [_mean(values) <= value for value in constant.values()]
             claim = f"K = {k}: teacher steps from {steps} better than constant"
             claims.append((claim, said, _verdict(held)))
     return claims
@@ -90,14 +104,14 @@ def _addim(results):
     for k in (1, 2, 4, 8):
         ddim = results.student(k, integrator="ddim")
         addim = results.student(k)
-        if ddim and addim:
-            ours, theirs = _mean(addim), _mean(ddim)
+        held = _no_worse(addim, ddim)
+        if held:
             better = "aDDIM" if k >= 4 else "DDIM"
             claims.append(
                 (
                     f"K = {k}: {better} the better teacher",
-                    f"aDDIM {ours:.4f}, DDIM {theirs:.4f}",
-                    _verdict([(ours <= theirs) == (k >= 4)]),
+                    f"aDDIM {cell(addim, 4)}, DDIM {cell(ddim, 4)}",
+                    _verdict([one == (k >= 4) for one in held]),
                 )
             )
     return claims
@@ -107,12 +121,13 @@ def _progressive(results):
     claims = []
     for k in (1, 2, 4):
         pd, cd = results.student(k, "progressive"), results.student(k)
-        if pd and cd:
+        held = _no_worse(cd, pd)
+        if held:
             claims.append(
                 (
                     f"K = {k}: CD better than progressive distillation",
-                    f"CD {_mean(cd):.4f}, PD {_mean(pd):.4f}",
-                    _verdict([_mean(cd) <= _mean(pd)]),
+                    f"CD {cell(cd, 4)}, PD {cell(pd, 4)}",
+                    _verdict(held),
                 )
             )
     return claims

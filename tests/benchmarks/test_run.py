@@ -124,35 +124,37 @@ class Known(report.Results):
         self.rows = [dict(kind="curve", seed=0, frechet_distance=1.0), *rows]
 
     def student(self, k, method="distillation", integrator="addim", steps=0):
-        return self.students.get((k, method, integrator, steps), [])
+        return self.students.get((k, method, integrator, steps), {})
 
 
 def cd(k):
     return k, "distillation", "addim", 0
 
 
-def test_verdicts_can_confirm_and_contradict():
-    def read(*known):
-        return {claim: said for claim, _, said in verdicts(Known(*known))}
+def read(*known):
+    """The reading of each claim."""
+    return {claim: said for claim, _, said in verdicts(Known(*known))}
 
-    good = read({cd(1): [2.0], cd(8): [1.05]})
+
+def test_verdicts_can_confirm_and_contradict():
+    good = read({cd(1): {0: 2.0}, cd(8): {0: 1.05}})
     assert good["CD at K = 8 within 1.07 of the teacher's best"] == "confirmed"
     assert good["CD: each K better than the K below"] == "confirmed"
-    bad = read({cd(1): [1.0], cd(8): [1.2]})
+    bad = read({cd(1): {0: 1.0}, cd(8): {0: 1.2}})
     told = bad["CD at K = 8 within 1.07 of the teacher's best"]
     assert told == "not confirmed"
     assert bad["CD: each K better than the K below"] == "contradicted"
 
     ddim = 8, "distillation", "ddim", 0
     claim = "K = 8: aDDIM the better teacher"
-    assert read({cd(8): [1.0], ddim: [2.0]})[claim] == "confirmed"
-    assert read({cd(8): [2.0], ddim: [1.0]})[claim] == "contradicted"
+    assert read({cd(8): {0: 1.0}, ddim: {0: 2.0}})[claim] == "confirmed"
+    assert read({cd(8): {0: 2.0}, ddim: {0: 1.0}})[claim] == "contradicted"
 
     constant = 1, "distillation", "addim", 16
     claim = "K = 1: teacher steps from {} to {} better than constant".format
-    told = read({cd(1): [1.0], constant: [2.0]})
+    told = read({cd(1): {0: 1.0}, constant: {0: 2.0}})
     assert told[claim(8, 32)] == "confirmed"
-    told = read({cd(1): [2.0], constant: [1.0]})
+    told = read({cd(1): {0: 2.0}, constant: {0: 1.0}})
     assert told[claim(8, 32)] == "contradicted"
     further = dict(kind="further", seed=0, student_steps=1)
     rows = [
@@ -160,9 +162,32 @@ def test_verdicts_can_confirm_and_contradict():
         further | {"teacher_steps": 4, "frechet_distance": 0.7},
         further | {"teacher_steps": 0, "iterations": 9, "frechet_distance": 0},
     ]
-    told = read({cd(1): [0.8], constant: [1.0]}, rows)
+    told = read({cd(1): {0: 0.8}, constant: {0: 1.0}}, rows)
     assert told[claim(2, 8)] == "confirmed"
     assert told[claim(8, 32)] == "not confirmed"
+
+
+def test_verdicts_of_several_seeds():
+    teachers = [
+        dict(kind="curve", seed=seed, frechet_distance=distance)
+        for seed, distance in ((1, 2.0), (2, 4.0))
+    ]
+    near = "CD at K = 8 within 1.07 of the teacher's best"
+    ratios = {0: 1.0, 1: 2.1, 2: 4.4}  # 1, 1.05 and 1.1 of each one's teacher
+    assert read({cd(8): ratios}, teachers)[near] == "confirmed"
+    ratios[2] = 4.8
+    assert read({cd(8): ratios}, teachers)[near] == "not confirmed"
+
+    # Only seeds that have both are compared, each with itself.
+    ddim = 8, "distillation", "ddim", 0
+    claim = "K = 8: aDDIM the better teacher"
+    for addim, said in (
+        ({0: 1.0, 1: 5.0}, "confirmed"),
+        ({1: 5.0, 2: 3.0}, "not confirmed"),
+        ({1: 7.0, 2: 9.0}, "contradicted"),
+    ):
+        known = {cd(8): addim, ddim: {0: 2.0, 1: 6.0, 2: 1.0}}
+        assert read(known, teachers)[claim] == said
 
 
 def test_report_makes_tables_and_plots(ran):
