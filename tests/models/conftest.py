@@ -184,3 +184,16 @@ def snapshots(weights_of):
             self.seen.append(weights_of(self.model.network))
 
     return Snapshots()
+
+
+@pytest.fixture(params=["diffusion", "training", "distillation"])
+def make_model(request, make_teacher, make_student):
+    """A factory of each algorithm's model."""
+
+    def make(*, model_with=None, **kw):
+        if request.param == "diffusion":
+            return make_teacher(model_with=model_with, **kw)
+        method = {"method": request.param}
+        return make_student(student_with={**method, **(model_with or {})}, **kw)
+
+    return make
