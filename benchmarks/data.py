@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_mscm import datasets, metrics
+from keras_mscm.callbacks.atomic_file import write_atomically
 
 HELD_OUT = 8  # one in so many emoji
 
@@ -70,7 +71,7 @@ class Judge:
                 epochs=epochs,
                 batch_size=256,
             )
-            body.save(path)
+            write_atomically(path, body.save, ".keras")
         extractor = metrics.keras_features(
             keras.saving.load_model(path),
             name=f"{name} classifier",

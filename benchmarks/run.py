@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import time
 import tomllib
 from importlib import metadata
@@ -38,7 +39,8 @@ from keras_mscm import (
     datasets,
     samplers,
 )
-from keras_mscm.callbacks import TeacherStepAnneal
+from keras_mscm.callbacks import ResumeTraining, TeacherStepAnneal
+from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.schedules import KarrasSchedule
 
 FOLDER = Path(__file__).parent
@@ -109,7 +111,11 @@ class Experiment:
         )
 
     def train(self, model, budget, name, callbacks=(), optimizer=None):
-        """Trains by the budget; from its last tenth, if it was cut off."""
+        """Trains by the budget; from its last tenth, if it was cut off.
+
+        Returns:
+            The seconds it took; None if it was cut off, as nobody knows.
+        """
         iterations = budget["iterations"]
         optimizer = optimizer or self.optimizer(
             budget["learning_rate"], iterations
@@ -118,7 +124,8 @@ class Experiment:
         # times as fast with it.
         jit_compile = keras.backend.backend() != "torch"
         model.compile(optimizer=optimizer, jit_compile=jit_compile)
-        backup = keras.callbacks.BackupAndRestore(MODELS / f"{name}_backup")
+        resume = ResumeTraining(MODELS / f"{name}_saves")
+        at_once = not resume.saves
         begun = time.perf_counter()
         model.fit(
             datasets.from_arrays(
@@ -130,11 +137,16 @@ class Experiment:
             ),
             epochs=PARTS,
             steps_per_epoch=iterations // PARTS,
-            callbacks=[backup, *callbacks],
+            shuffle=False,  # the batches come shuffled
+            callbacks=[*callbacks, resume],
             verbose=0,
         )
-        model.save(MODELS / f"{name}.keras")
-        return time.perf_counter() - begun
+        return time.perf_counter() - begun if at_once else None
+
+    def keep(self, model, name):
+        """Saves a model that is done, and drops what it could resume from."""
+        write_atomically(MODELS / f"{name}.keras", model.save, ".keras")
+        shutil.rmtree(MODELS / f"{name}_saves", ignore_errors=True)
 
     def optimizer(self, rate, iterations):
         """Adam with a warm-up over 5 % of the iterations, cosine decay."""
@@ -168,7 +180,7 @@ class Experiment:
                     self.data.labels[:2000],
                     seed=self.seed,
                 )
-                model.save(path)
+                self.keep(model, name)
             self._teacher = keras.saving.load_model(path)
         return self._teacher
 
@@ -249,6 +261,7 @@ class Experiment:
             model = keras.saving.load_model(path)
         else:
             seconds = self.train(model, budget, name, callbacks, optimizer)
+            self.keep(model, name)
         images = self.samples(model, student_steps)
         np.savez_compressed(MODELS / f"{name}_samples.npz", images[:100])
         return {**self.judge.judge(images), "training_seconds": seconds}

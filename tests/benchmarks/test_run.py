@@ -3,11 +3,13 @@
 import json
 import tomllib
 
+import keras
 import numpy as np
 import pytest
 
 from benchmarks import data, report, run
 from benchmarks.verdicts import verdicts
+from keras_mscm import DiffusionModel, UViT
 
 SETTINGS = """
 data = "tiny"
@@ -35,6 +37,7 @@ student = { iterations = 20, batch_size = 4, learning_rate = 1e-3 }
 seeds = [0]
 """
 TASKS = run.tasks
+TINY = tomllib.loads(SETTINGS)["network"]
 TEACHER = "models/tiny_cpu_teacher_0.keras"
 
 
@@ -103,6 +106,38 @@ def test_a_run_goes_on_where_it_was(ran):
     assert all(np.isfinite(row["frechet_distance"]) for row in measured)
     hashes = {row["reference_hash"] for row in measured}
     assert len(hashes) == 1
+
+
+def test_a_training_that_was_cut_off_goes_on(ran, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "MODELS", tmp_path)
+    settings = tomllib.loads(SETTINGS)
+    experiment = run.Experiment("cut", settings | settings["cpu"], 0)
+
+    def cut_off(epoch, logs):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    def trained(name, *callbacks):
+        keras.utils.set_random_seed(0)
+        network = UViT(image_shape=(8, 8, 1), num_classes=4, seed=1, **TINY)
+        model = DiffusionModel(network, seed=1)
+        budget = settings["cpu"]["teacher"]
+        seconds = experiment.train(model, budget, name, callbacks)
+        experiment.keep(model, name)
+        return seconds, model.get_weights()
+
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        trained("in_two", stop)
+    assert not (tmp_path / "in_two.keras").exists()
+    seconds, weights = trained("in_two")
+    assert seconds is None
+    seconds, expected = trained("in_one")
+    assert seconds > 0
+    for ours, theirs in zip(weights, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    files = sorted(path.name for path in tmp_path.glob("in_*"))
+    assert files == ["in_one.keras", "in_two.keras"]
 
 
 def test_the_tables_need_each_student_once():
