@@ -25,6 +25,7 @@ from keras_mscm.backend.framework import (
 from keras_mscm.backend.kernels import (
     laid_out,
     normalized_attention,
+    projected,
     unpooled,
 )
 from keras_mscm.backend.random_states import (
@@ -55,6 +56,7 @@ __all__ = [
     "normalized_attention",
     "portable",
     "process",
+    "projected",
     "random_state",
     "replica",
     "rewound",

@@ -1,6 +1,7 @@
 """Functions of tensors, compiled as each framework does it best."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -78,18 +79,47 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes one kernel of a function of tensors that runs within a step.
 
     TensorFlow runs a step on the CPU operation by operation, each of which
-    reads and writes memory; this compiles what is within. JAX does so anyway,
-    and PyTorch's compiler can't be counted on to be there.
+    reads and writes memory; this compiles what is within, and its gradient,
+    which computes what is within once more instead of keeping it. JAX does so
+    anyway, and PyTorch's compiler can't be counted on to be there.
 
     Args:
-        function: Function of tensors and numbers; it reads no variable.
+        function: Function of tensors, and by name of what isn't one; it reads
+            no variable.
 
     Returns:
         A function of the same arguments.
     """
-    if NAME == "tensorflow":
-        return tf.function(function, jit_compile=True, autograph=False)
-    return function
+    if NAME != "tensorflow":
+        return function
+
+    @functools.cache
+    def kernels(**settings):
+        compiled = functools.partial(
+            tf.function, jit_compile=True, autograph=False
+        )
+        forward = functools.partial(function, **settings)
+
+        @compiled
+        def gradient(upstream, *tensors):
+            floats = [x for x in tensors if x.dtype.is_floating]
+            with tf.GradientTape() as tape:
+                tape.watch(floats)
+                result = forward(*tensors)
+            found = iter(tape.gradient(result, floats, upstream))
+            return [
+                next(found) if x.dtype.is_floating else None for x in tensors
+            ]
+
+        kernel = compiled(forward)
+        return tf.custom_gradient(
+            lambda *xs: (kernel(*xs), lambda upstream: gradient(upstream, *xs))
+        )
+
+    def run(*tensors, **settings):
+        return kernels(**settings)(*map(tf.convert_to_tensor, tensors))
+
+    return run
 
 
 _compiled_for: str | None = None

@@ -1,12 +1,13 @@
 """What one device or number format computes in another way."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_mscm.backend.compiling import platform
+from keras_mscm.backend.compiling import fused, platform
 from keras_mscm.backend.framework import NAME
 
 if NAME == "jax":
@@ -28,7 +29,7 @@ def normalized_attention(
 
     On TPUs it is `tpu_attention.attention`: there Keras takes JAX's Splash
     attention as if places were in causal order, and leaves out the scale
-    (3.15.1).
+    (3.15.1). On TensorFlow it is written out.
 
     In float16 JAX asks for a product that adds up in float32, which XLA has
     for GPUs only; on a CPU or TPU that fails when the step is compiled, too
@@ -50,20 +51,75 @@ def normalized_attention(
     Returns:
         `(batch, places, heads, channels)`.
     """
-    if _on_tpu():
-        attention = functools.partial(
-            tpu_attention.attention,
-            query_scale=ops.cast(query_scale, "float32"),
-            epsilons=epsilons,
-        )
-    else:
-        attention = ops.dot_product_attention
-        query = ops.rms_normalization(query, query_scale, epsilon=epsilons[0])
-        key = ops.rms_normalization(key, epsilon=epsilons[1])
+    attention = functools.partial(
+        _attention(),
+        query_scale=ops.convert_to_tensor(query_scale),
+        epsilons=epsilons,
+        mask=mask,
+    )
     if NAME != "jax" or query.dtype != "float16" or platform() == "gpu":
-        return attention(query, key, value, mask=mask)
+        return attention(query, key, value)
     exact = [ops.cast(x, "float32") for x in (query, key, value)]
-    return ops.cast(attention(*exact, mask=mask), "float16")
+    return ops.cast(attention(*exact), "float16")
+
+
+def _attention() -> Callable:
+    """What computes it best."""
+    if _on_tpu():
+        return tpu_attention.attention
+    return _by_products if NAME == "tensorflow" else _by_keras
+
+
+def _by_keras(query, key, value, *, query_scale, epsilons, mask):
+    query = ops.rms_normalization(query, query_scale, epsilon=epsilons[0])
+    key = ops.rms_normalization(key, epsilon=epsilons[1])
+    return ops.dot_product_attention(query, key, value, mask=mask)
+
+
+def _by_products(query, key, value, *, query_scale, epsilons, mask):
+    """For TensorFlow, where Keras has no kernel for attention.
+
+    The order of axes is changed once, with the normalisation, and not in each
+    of Keras' products and of their gradients.
+    """
+    scale = query_scale * query.shape[-1] ** -0.5
+    query = _heads(query, scale, epsilon=epsilons[0], axes=(0, 2, 1, 3))
+    key = _heads(key, epsilon=epsilons[1], axes=(0, 2, 3, 1))
+    value = ops.transpose(value, (0, 2, 1, 3))
+    logits = ops.cast(ops.matmul(query, key), "float32")
+    if mask is not None:
+        logits = ops.where(mask, logits, -1e30)
+    weights = ops.cast(ops.softmax(logits), value.dtype)
+    return ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))
+
+
+@fused
+def _heads(x, *scale, epsilon, axes):
+    """Normalised, in another order of axes."""
+    x = ops.rms_normalization(x, *scale, epsilon=epsilon)
+    return ops.transpose(x, axes)
+
+
+def projected(tokens: Any, kernel: Any, bias: Any) -> Any:
+    """What a dense layer makes of tokens, for several heads.
+
+    On TensorFlow by a product of two matrices: for an `einsum` Keras takes a
+    product for each image, and in its gradient adds up as many kernels. On
+    TPUs it is the `einsum` that leaves axes as attention takes them.
+
+    Args:
+        tokens: `(batch, length, channels)`.
+        kernel: `(channels, heads, channels of a head)`.
+        bias: `(heads, channels of a head)`.
+
+    Returns:
+        `(batch, length, heads, channels of a head)`.
+    """
+    if NAME != "tensorflow":
+        return ops.einsum("blc,chd->blhd", tokens, kernel) + bias
+    rows = ops.matmul(tokens, ops.reshape(kernel, (kernel.shape[0], -1)))
+    shape = (-1, ops.shape(tokens)[1], *bias.shape)
+    return ops.reshape(rows, shape) + bias
 
 
 def laid_out(maps: Any) -> Any:

@@ -36,7 +36,7 @@ def attention(
         key: `(batch, length, heads, channels)`, not yet normalised.
         value: `(batch, length, heads, channels)`.
         query_scale: What the normalised queries are multiplied by,
-            `(channels,)`, float32.
+            `(channels,)`.
         epsilons: What the mean squares of queries, and of keys, are increased
             by in their normalisations.
         mask: True where a key counts, of a shape that broadcasts to `(batch,
@@ -46,6 +46,7 @@ def attention(
         `(batch, places, heads, channels)`, of the queries' dtype.
     """
     query, key, value = map(heads_first, (query, key, value))
+    query_scale = jnp.asarray(query_scale, "float32")
     run = functools.partial(_attend, epsilons)
     attend = jax.custom_vjp(lambda *inputs: run(*inputs)[0])
     attend.defvjp(run, _gradient)

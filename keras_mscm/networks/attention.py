@@ -32,11 +32,10 @@ def split_heads(
         ops.cast(x, dense.compute_dtype)
         for x in (tokens, dense.kernel, dense.bias)
     )
-    kernels = ops.reshape(kernel, (-1, *parts))
-    biases = ops.reshape(bias, parts)
+    kernels = ops.unstack(ops.reshape(kernel, (-1, *parts)), axis=1)
+    biases = ops.unstack(ops.reshape(bias, parts))
     return [
-        ops.einsum("blc,chd->blhd", tokens, kernels[:, i]) + biases[i]
-        for i in range(parts[0])
+        backend.projected(tokens, *weights) for weights in zip(kernels, biases)
     ]
 
 

@@ -58,17 +58,31 @@ class Dropout(keras.layers.Dropout):
         if not training or not self.rate:
             return inputs
         state = self.draw() if state is None else state
-        keep = _keep(inputs, state, _first_example(inputs), self.rate)
-        return ops.where(keep, inputs / (1 - self.rate), 0)
+        return _fused(inputs, state, first_example(inputs), rate=self.rate)
 
 
-def _first_example(x: Tensor) -> Tensor:
+def first_example(x: Tensor) -> Tensor:
     """Where a share begins in the batch of which replicas have one each."""
     index, _ = backend.replica()
     return ops.cast(index * ops.shape(x)[0], "int32")
 
 
-@backend.fused
+def dropped(x: Tensor, state: Tensor, first: Tensor, rate: float) -> Tensor:
+    """`x`, of which a part is 0, and the rest larger.
+
+    Args:
+        x: `(batch, ...)`.
+        state: What `Dropout.draw` has returned.
+        first: What `first_example` has returned.
+        rate: The part, in (0, 1).
+    """
+    keep = _keep(x, state, first, rate)
+    return ops.where(keep, x / (1 - rate), 0)
+
+
+_fused = backend.fused(dropped)
+
+
 def _keep(x: Tensor, state: Tensor, first: Tensor, rate: float) -> Tensor:
     """True with probability `1 - rate`, of the shape of `x`."""
     seed, count = ops.unstack(state)

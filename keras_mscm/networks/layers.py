@@ -9,7 +9,7 @@ from keras import ops
 from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.attention import CrossAttention, attend, split_heads
-from keras_mscm.networks.dropout import Dropout
+from keras_mscm.networks.dropout import Dropout, dropped, first_example
 from keras_mscm.networks.normalization import GroupNormalization
 
 
@@ -166,6 +166,18 @@ class ResNetBlock(keras.layers.Layer):
         }
 
 
+_normalized = backend.fused(ops.rms_normalization)
+
+
+@backend.fused
+def _modulated(
+    h: Tensor, scale: Tensor, shift: Tensor, *drop: Tensor, rate: float = 0.0
+) -> Tensor:
+    """The hidden layer of an MLP, of which dropout takes a part."""
+    h = ops.silu(h) * (1 + scale) + shift
+    return dropped(h, *drop, rate=rate) if drop else h
+
+
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class TransformerBlock(keras.layers.Layer):
     """Self-attention, then an MLP whose hidden layer is scaled and shifted.
@@ -269,15 +281,18 @@ class TransformerBlock(keras.layers.Layer):
         tokens, mask = context[:1], context[1:]
 
         def block(x, embedding, *tokens):
-            x = x + self._attention(ops.rms_normalization(x))
+            x = x + self._attention(_normalized(x))
             if self.cross_attention:
-                normed = ops.rms_normalization(x)
+                normed = _normalized(x)
                 x = x + self.cross_attention((normed, *tokens, *mask))
-            h = ops.silu(self.mlp_hidden(ops.rms_normalization(x)))
+            h = self.mlp_hidden(_normalized(x))
             modulation = self.modulation(ops.silu(embedding))[:, None]
             scale, shift = ops.split(modulation, 2, axis=-1)
-            h = h * (1 + scale) + shift
-            h = self.dropout(h, training=training, state=state)
+            if state is None:
+                h = _modulated(h, scale, shift)
+            else:
+                first, rate = first_example(h), self.dropout.rate
+                h = _modulated(h, scale, shift, state, first, rate=rate)
             return x + self.mlp_output(h)
 
         run = keras.remat(block) if self.remat and training else block

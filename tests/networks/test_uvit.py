@@ -91,7 +91,7 @@ def test_half_precision_tells_a_teachers_steps_apart(tiny_uvit):
         outputs(network, {**inputs, "logsnr": ops.full((3,), logsnr)})
         for logsnr in (5.0, 5.01)
     ]
-    assert np.abs(got[0] - got[1]).max() > 1e-2
+    assert np.abs(got[0] - got[1]).max() > 1e-3
 
 
 def test_a_new_network_says_zero(tiny_uvit):
