@@ -171,11 +171,14 @@ _normalized = backend.fused(ops.rms_normalization)
 
 @backend.fused
 def _modulated(
-    h: Tensor, scale: Tensor, shift: Tensor, *drop: Tensor, rate: float = 0.0
+    h: Tensor, scale: Tensor, shift: Tensor, *drop: Tensor, rate: float
 ) -> Tensor:
-    """The hidden layer of an MLP, of which dropout takes a part."""
+    """The hidden layer of an MLP; `drop` is there if dropout takes a part."""
     h = ops.silu(h) * (1 + scale) + shift
-    return dropped(h, *drop, rate=rate) if drop else h
+    if not drop:
+        return h
+    state, first = drop
+    return dropped(h, state, first, rate)
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -288,11 +291,8 @@ class TransformerBlock(keras.layers.Layer):
             h = self.mlp_hidden(_normalized(x))
             modulation = self.modulation(ops.silu(embedding))[:, None]
             scale, shift = ops.split(modulation, 2, axis=-1)
-            if state is None:
-                h = _modulated(h, scale, shift)
-            else:
-                first, rate = first_example(h), self.dropout.rate
-                h = _modulated(h, scale, shift, state, first, rate=rate)
+            drop = () if state is None else (state, first_example(h))
+            h = _modulated(h, scale, shift, *drop, rate=self.dropout.rate)
             return x + self.mlp_output(h)
 
         run = keras.remat(block) if self.remat and training else block
