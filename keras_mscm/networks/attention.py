@@ -32,10 +32,11 @@ def split_heads(
         ops.cast(x, dense.compute_dtype)
         for x in (tokens, dense.kernel, dense.bias)
     )
-    kernels = ops.unstack(ops.reshape(kernel, (-1, *parts)), axis=1)
-    biases = ops.unstack(ops.reshape(bias, parts))
+    kernels = ops.reshape(kernel, (-1, *parts))
+    biases = ops.reshape(bias, parts)
     return [
-        backend.projected(tokens, *weights) for weights in zip(kernels, biases)
+        backend.projected(tokens, kernels[:, i], biases[i])
+        for i in range(parts[0])
     ]
 
 

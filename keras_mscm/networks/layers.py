@@ -190,8 +190,9 @@ class TransformerBlock(keras.layers.Layer):
 
     Keras picks a fused kernel for the attention where the backend has one:
     cuDNN's on NVIDIA's GPUs from Ampere on (JAX, in half precision), whichever
-    PyTorch has for the device. There is none on TensorFlow. On TPUs JAX's
-    compiler makes one pass of it (`backend.tpu_attention`).
+    PyTorch has for the device. There is none on TensorFlow, where it is written
+    out in products. On TPUs JAX's compiler makes one pass of it
+    (`backend.tpu_attention`).
 
     Args:
         head_width: Width of an attention head; must divide the channels.
