@@ -120,8 +120,8 @@ class Experiment:
         optimizer = optimizer or self.optimizer(
             budget["learning_rate"], iterations
         )
-        # Keras leaves XLA out on TensorFlow's CPU, where these networks are 1.5
-        # times as fast with it.
+        # Keras leaves XLA out on TensorFlow's CPU, where these networks are no
+        # slower with it.
         jit_compile = keras.backend.backend() != "torch"
         model.compile(optimizer=optimizer, jit_compile=jit_compile)
         resume = ResumeTraining(MODELS / f"{name}_saves")
