@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.run import MODELS, read_results, read_settings
-from benchmarks.tables import cell, markdown
+from benchmarks.tables import cell, markdown, shared
 from benchmarks.verdicts import verdicts
 
 matplotlib.use("Agg")
@@ -158,10 +158,10 @@ def tables(results):
             head += [f"constant {ours}", f"paper ({theirs})"]
         lines = []
         for k in (1, 2, 4, 8):
-            line = [k, cell(results.ratio(results.student(k)))]
-            line.append(f"{PAPER_2['annealed'][k] / PAPER_TEACHER[2]:.2f}")
-            for i, n in enumerate(constants):
-                line.append(cell(results.ratio(results.student(k, steps=n))))
+            students = [results.student(k, steps=n) for n in (0, *constants)]
+            line = [k]
+            for i, values in zip(("annealed", 0, 1, 2), shared(*students)):
+                line.append(cell(results.ratio(values)))
                 line.append(f"{PAPER_2[i][k] / PAPER_TEACHER[2]:.2f}")
             lines.append(line)
         done += [
@@ -170,15 +170,12 @@ def tables(results):
             *markdown(head, lines),
         ]
     if 3 in settings["tables"]:
-        lines = [
-            [k]
-            + [
-                cell(results.ratio(results.student(k, method)))
-                for method in METHODS
-            ]
-            + [f"{PAPER_PD[k] / PAPER_TEACHER[1]:.2f}"]
-            for k in (1, 2, 4, 8)
-        ]
+        lines = []
+        for k in (1, 2, 4, 8):
+            students = [results.student(k, method) for method in METHODS]
+            line = [cell(results.ratio(v)) for v in shared(*students)]
+            paper = f"{PAPER_PD[k] / PAPER_TEACHER[1]:.2f}"
+            lines.append([k, *line, paper])
         head = ["K", *METHODS.values(), "PD, paper"]
         done += [
             "### Table 3: progressive distillation",
@@ -188,9 +185,9 @@ def tables(results):
     if 4 in settings["tables"]:
         lines = []
         for k in (1, 2, 4, 8):
-            line = [k]
-            for integrator in ("ddim", "addim"):
-                values = results.student(k, integrator=integrator)
+            kinds, line = ("ddim", "addim"), [k]
+            students = [results.student(k, integrator=kind) for kind in kinds]
+            for integrator, values in zip(kinds, shared(*students)):
                 line.append(cell(results.ratio(values)))
                 line.append(f"{PAPER_4[integrator][k] / PAPER_TEACHER[1]:.2f}")
             lines.append(line)

@@ -9,6 +9,16 @@ def markdown(head, lines):
     return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
 
 
+def shared(*measured):
+    """Each with those seeds only that all have which have any."""
+    known = [set(values) for values in measured if values]
+    seeds = set.intersection(*known) if known else set()
+    return [
+        {seed: values[seed] for seed in values if seed in seeds}
+        for values in measured
+    ]
+
+
 def cell(values, digits=3):
     """Mean of what each seed has; of several also the least and the most."""
     if not values:

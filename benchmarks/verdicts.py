@@ -3,7 +3,7 @@
 import statistics
 from itertools import pairwise
 
-from benchmarks.tables import cell
+from benchmarks.tables import cell, shared
 
 CD_TARGETS = {4: 1.13, 8: 1.07, 16: 1.0}  # the paper's own ratios
 
@@ -91,8 +91,9 @@ def _annealing(results):
             ]
             if not held:
                 continue
-            said = f"{cell(values, 4)}; " + ", ".join(
-                f"{n}: {cell(others, 4)}" for n, others in constant.items()
+            ours, *theirs = shared(values, *constant.values())
+            said = f"{cell(ours, 4)}; " + ", ".join(
+                f"{n}: {cell(others, 4)}" for n, others in zip(constant, theirs)
             )
             claim = f"K = {k}: teacher steps from {steps} better than constant"
             claims.append((claim, said, _verdict(held)))
@@ -102,8 +103,9 @@ def _annealing(results):
 def _addim(results):
     claims = []
     for k in (1, 2, 4, 8):
-        ddim = results.student(k, integrator="ddim")
-        addim = results.student(k)
+        ddim, addim = shared(
+            results.student(k, integrator="ddim"), results.student(k)
+        )
         held = _no_worse(addim, ddim)
         if held:
             better = "aDDIM" if k >= 4 else "DDIM"
@@ -120,7 +122,7 @@ def _addim(results):
 def _progressive(results):
     claims = []
     for k in (1, 2, 4):
-        pd, cd = results.student(k, "progressive"), results.student(k)
+        pd, cd = shared(results.student(k, "progressive"), results.student(k))
         held = _no_worse(cd, pd)
         if held:
             claims.append(

@@ -223,6 +223,13 @@ def test_verdicts_of_several_seeds():
     ):
         known = {cd(8): addim, ddim: {0: 2.0, 1: 6.0, 2: 1.0}}
         assert read(known, teachers)[claim] == said
+    told = {
+        claim: numbers for claim, numbers, _ in verdicts(Known(known, teachers))
+    }
+    assert (
+        told[claim]
+        == "aDDIM 8.0000 (7.0000 to 9.0000), DDIM 3.5000 (1.0000 to 6.0000)"
+    )
 
 
 def test_report_makes_tables_and_plots(ran):
