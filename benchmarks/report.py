@@ -82,6 +82,15 @@ class Results:
         """The rows of students beside the tables."""
         return [row for row in self.rows if row["kind"] == "further"]
 
+    def curve(self, sampler, grid="cosine"):
+        """Ratios by evaluations, of the seeds that have the whole curve."""
+        key = dict(kind="curve", sampler=sampler, grid=grid)
+        steps = sorted(
+            {r["num_steps"] for r in self.rows if key.items() <= r.items()}
+        )
+        known = shared(*(self.values(num_steps=n, **key) for n in steps))
+        return {n: self.ratio(v) for n, v in zip(steps, known) if v}
+
     def best(self):
         """Each seed's teacher at its best, by any sampler."""
         best = {}
@@ -107,6 +116,7 @@ def tables(results):
     real = results.values(kind="real")
     held_out = max(results.values("num_samples", kind="real").values())
     judges = sorted({r["extractor"] for r in results.rows if "extractor" in r})
+    hardware = sorted({r["hardware"] for r in results.rows})
     command = f"python -m benchmarks.run {results.name} --size {results.size}"
     if seeds != settings["seeds"]:
         command += " --seeds " + " ".join(map(str, seeds))
@@ -114,8 +124,8 @@ def tables(results):
         f"## {results.name}, {results.size} size",
         "",
         f"`{command}` on "
-        f"{row['backend']}, {row['hardware']}, {row['date']}; seeds {seeds}; "
-        f"{settings['num_samples']} samples; features of "
+        f"{row['backend']}, {' and '.join(hardware)}, until {row['date']}; "
+        f"seeds {seeds}; {settings['num_samples']} samples; features of "
         f"{' and '.join(f'`{judge}`' for judge in judges)}; "
         f"{versions}. Teacher: {settings['teacher']}; students: "
         f"{settings['student']}; teacher steps {settings['anneal'][0]} to "
@@ -194,12 +204,8 @@ def tables(results):
         head = ["K", "DDIM", "DDIM, paper", "aDDIM", "aDDIM, paper"]
         done += ["### Table 4: the teacher's step", "", *markdown(head, lines)]
     lines = [
-        [
-            *(_settings_of(row, settings)),
-            f"{row['frechet_distance']:.4f}",
-            cell(results.ratio({row["seed"]: row["frechet_distance"]})),
-        ]
-        for row in results.further()
+        [*student, cell(values, 4), cell(results.ratio(values))]
+        for student, values in _further(results).items()
     ]
     if lines:
         head = ["K", "teacher steps", "iterations", "distance", "ratio"]
@@ -216,13 +222,18 @@ def tables(results):
     return done + ["### Reading", "", *markdown(head, lines)]
 
 
-def _settings_of(row, settings):
-    """K, teacher steps and iterations of a student, in words."""
-    steps = row["teacher_steps"] or settings["anneal"]
-    if isinstance(steps, list):
-        steps = f"{max(steps[0], row['student_steps'])} to {steps[1]}"
-    iterations = row.get("iterations", settings["student"]["iterations"])
-    return row["student_steps"], steps, iterations
+def _further(results):
+    """Distances of further students by K, teacher steps and iterations."""
+    settings, students = results.settings, {}
+    for row in results.further():
+        steps = row["teacher_steps"] or settings["anneal"]
+        if isinstance(steps, list):
+            steps = f"{max(steps[0], row['student_steps'])} to {steps[1]}"
+        iterations = row.get("iterations", settings["student"]["iterations"])
+        student = row["student_steps"], steps, iterations
+        values = students.setdefault(student, {})
+        values[row["seed"]] = row["frechet_distance"]
+    return students
 
 
 def plots(results):
@@ -255,7 +266,7 @@ def draw_evaluations(results):
         known = [
             (k, _mean(values), min(values.values()), max(values.values()))
             for k in (1, 2, 4, 8, 16)
-            if (values := results.student(k, method))
+            if (values := results.ratio(results.student(k, method)))
         ]
         if known:
             steps, means, least, most = zip(*known)
@@ -263,9 +274,9 @@ def draw_evaluations(results):
             spread = dict(color=line.get_color(), alpha=0.2)  # of the seeds
             axes.fill_between(steps, least, most, **spread)
     further = {}
-    for row in results.further():
-        k, distance = row["student_steps"], row["frechet_distance"]
-        further[k] = min(distance, further.get(k, distance))
+    for (k, *_), values in _further(results).items():
+        ratio = _mean(results.ratio(values))
+        further[k] = min(ratio, further.get(k, ratio))
     if further:
         label = "CD, best of further settings"
         axes.plot(further.keys(), further.values(), "k*", label=label)
@@ -298,26 +309,23 @@ def draw_time(results):
     if not seconds:
         return None
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for name, sampler in (("DDIM", "ddim"), ("aDDIM", "addim")):
-        points = [
-            (1000 * seconds[n], _mean(values))
-            for n in sorted(seconds)
-            if (
-                values := results.values(
-                    kind="curve", sampler=sampler, grid="cosine", num_steps=n
-                )
-            )
-        ]
-        if points:
-            axes.plot(*zip(*points), "s--", label=f"teacher, {name}")
+    curves = [
+        (f"teacher, {SAMPLERS[sampler]}", "s--", results.curve(sampler))
+        for sampler in ("ddim", "addim")
+    ]
     for method, name in METHODS.items():
+        students = {
+            k: results.ratio(results.student(k, method)) for k in seconds
+        }
+        curves.append((name, "o-", students))
+    for name, style, ratios in curves:
         points = [
-            (1000 * seconds[k], _mean(results.student(k, method)))
-            for k in sorted(seconds)
-            if results.student(k, method)
+            (1000 * seconds[n], _mean(ratios[n]))
+            for n in sorted(seconds)
+            if ratios.get(n)
         ]
         if points:
-            axes.plot(*zip(*points), "o-", label=name)
+            axes.plot(*zip(*points), style, label=name)
     _finish(axes, results, "milliseconds per image, batches of 250")
     return figure
 
@@ -353,22 +361,15 @@ def _mean(values):
 
 
 def _line(axes, results, label, sampler, grid="cosine"):
-    points = [
-        (n, _mean(values))
-        for n in sorted({row.get("num_steps", 0) for row in results.rows})
-        if (
-            values := results.values(
-                kind="curve", sampler=sampler, grid=grid, num_steps=n
-            )
-        )
-    ]
-    if points:
-        axes.plot(*zip(*points), "s--", label=label, alpha=0.8)
+    curve = results.curve(sampler, grid)
+    if curve:
+        ratios = [_mean(values) for values in curve.values()]
+        axes.plot(curve.keys(), ratios, "s--", label=label, alpha=0.8)
 
 
 def _finish(axes, results, xlabel):
     axes.axhline(
-        _mean(results.values(kind="real")),
+        _mean(results.ratio(results.values(kind="real"))),
         color="grey",
         linestyle=":",
         label="real images, held out",
@@ -380,7 +381,7 @@ def _finish(axes, results, xlabel):
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(which="minor", labelsize=7)
     axes.set_xlabel(xlabel)
-    axes.set_ylabel("Fréchet distance")
+    axes.set_ylabel("Fréchet distance over the teacher's best")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
 

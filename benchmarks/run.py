@@ -120,10 +120,7 @@ class Experiment:
         optimizer = optimizer or self.optimizer(
             budget["learning_rate"], iterations
         )
-        # Keras leaves XLA out on TensorFlow's CPU, where these networks are no
-        # slower with it.
-        jit_compile = keras.backend.backend() != "torch"
-        model.compile(optimizer=optimizer, jit_compile=jit_compile)
+        model.compile(optimizer=optimizer)
         resume = ResumeTraining(MODELS / f"{name}_saves")
         at_once = not resume.saves
         begun = time.perf_counter()
@@ -318,6 +315,13 @@ def tasks(settings):
                         yield key, "curve"
 
 
+def cpu_cores():
+    """How many this process may use, which `taskset` can restrict."""
+    if hasattr(os, "sched_getaffinity"):  # of Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def circumstances(size):
     packages = ("keras", "jax", "tensorflow-cpu", "torch", "numpy")
     versions = {"keras_mscm": keras_mscm.__version__}
@@ -329,7 +333,7 @@ def circumstances(size):
     return {
         "size": size,
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "hardware": f"{platform.machine()}, {cpu_cores()} CPU cores",
         "backend": keras.backend.backend(),
         "versions": versions,
     }

@@ -232,6 +232,16 @@ def test_verdicts_of_several_seeds():
     )
 
 
+def test_a_curve_is_of_the_seeds_that_have_it_whole():
+    curve = dict(kind="curve", sampler="ddim", grid="cosine")
+    rows = [
+        curve | dict(seed=seed, num_steps=n, frechet_distance=distance)
+        for seed, n, distance in ((1, 8, 8.0), (1, 16, 2.0), (2, 8, 5.0))
+    ]
+    assert Known({}, rows).curve("ddim") == {8: {1: 4.0}, 16: {1: 1.0}}
+    assert Known({}, rows).curve("heun") == {}
+
+
 def test_report_makes_tables_and_plots(ran):
     folder, *_ = ran
     path = folder / "results" / "tiny.jsonl"
