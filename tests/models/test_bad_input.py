@@ -14,18 +14,7 @@ from keras_mscm import (
     callbacks,
     losses,
 )
-
-
-class Batches(keras.utils.PyDataset):
-    def __init__(self, *batches):
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
+from tests.models.data_forms import Batches
 
 
 def images_of(shape=(8, 4, 4, 1), dtype="float32"):
@@ -100,13 +89,13 @@ def test_images(kind, models):
     images, hint, came, allowed = BAD_IMAGES[kind]
     for name, data in (
         ("x", {"x": images}),
-        ("x", {"x": Batches(images)}),
-        ("x", {"x": Batches((images,))}),
+        ("x", {"x": Batches([images])}),
+        ("x", {"x": Batches([(images,)])}),
         ("validation_data", {"x": IMAGES, "validation_data": images}),
         ("validation_data", {"x": IMAGES, "validation_data": (images,)}),
         (
             "validation_data",
-            {"x": IMAGES, "validation_data": Batches(images)},
+            {"x": IMAGES, "validation_data": Batches([images])},
         ),
     ):
         for model in (models["plain"], models["plain student"]):
@@ -143,11 +132,11 @@ def test_labels(kind, models):
     model = models["conditional"]
     for name, run in (
         ("x", lambda: model.fit(IMAGES, labels)),
-        ("x", lambda: model.fit(Batches(batch))),
+        ("x", lambda: model.fit(Batches([batch]))),
         ("x", lambda: model.fit(iter([batch]))),
         ("x", lambda: model.evaluate(IMAGES, labels)),
         ("valid", lambda: model.fit(*good, validation_data=batch)),
-        ("valid", lambda: model.fit(*good, validation_data=Batches(batch))),
+        ("valid", lambda: model.fit(*good, validation_data=Batches([batch]))),
     ):
         check(run, f"`{name}", came, allowed)
 
@@ -156,7 +145,7 @@ def test_labels_without_classes(models):
     model = models["plain"]
     for run in (
         lambda: model.fit(IMAGES, LABELS),
-        lambda: model.fit(Batches((IMAGES, LABELS))),
+        lambda: model.fit(Batches([(IMAGES, LABELS)])),
     ):
         check(run, "labels", r"shape \(8,\)", "must not be given.*None")
     check(lambda: model.generate(labels=[0]), "labels", "shape", "no classes")
@@ -169,7 +158,7 @@ def test_sample_weight(models):
     for weight, came in ((few, r"\(3,\)"), (matrix, r"\(8, 2\)")):
         for run in (
             lambda w=weight: model.fit(IMAGES, LABELS, sample_weight=w),
-            lambda w=weight: model.fit(Batches((IMAGES, LABELS, w))),
+            lambda w=weight: model.fit(Batches([(IMAGES, LABELS, w)])),
             lambda w=weight: model.evaluate(IMAGES, LABELS, sample_weight=w),
             lambda w=weight: model.fit(
                 IMAGES, LABELS, validation_data=(IMAGES, LABELS, w)
@@ -194,7 +183,7 @@ def test_sample_weight(models):
 
 def test_no_data(models):
     model = models["plain"]
-    for data in (iter([]), Batches(), (batch for batch in ())):
+    for data in (iter([]), Batches([]), (batch for batch in ())):
         check(lambda data=data: model.fit(data), "`x`", "no batch", "empty")
     check(lambda: model.fit(None), "`x`", "None", "array")
     for empty in ((), []):
@@ -233,7 +222,7 @@ def test_data_of_no_known_kind(data, came, models):
     ids=["dict", "list", "four"],
 )
 def test_batches_of_no_known_kind(batch, came, models):
-    for data in (Batches(batch), iter([batch])):
+    for data in (Batches([batch]), iter([batch])):
         check(
             lambda data=data: models["plain"].fit(data),
             "`x`",
@@ -572,6 +561,6 @@ def test_the_first_batch_is_looked_at_and_not_lost(make_teacher):
         model_with={"weighting": ops.ones_like},
     )
     batches = [np.full((2, 4, 4, 1), i / 10, "float32") for i in (8, 4, 0)]
-    for stream in (Batches(*batches), iter(batches)):
+    for stream in (Batches(batches), iter(batches)):
         history = model.fit(stream, steps_per_epoch=3, shuffle=False, verbose=0)
         np.testing.assert_allclose(history.history["loss"], 0.4, rtol=1e-5)

@@ -8,6 +8,12 @@ import pytest
 from keras import ops
 
 from keras_mscm import DiffusionModel, losses, samplers
+from tests.models.data_forms import (
+    Batches,
+    as_py_dataset,
+    as_tf_data,
+    in_batches,
+)
 
 EAGER = keras.backend.backend() == "torch"
 NUM_CLASSES, WIDTH = 3, 6
@@ -263,33 +269,6 @@ def test_guidance_needs_label_dropout(make_teacher, make_model):
 # Sequences.
 
 
-class Batches(keras.utils.PyDataset):
-    def __init__(self, batches):
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
-
-
-def batched(images, y, size=4):
-    for i in range(0, len(images), size):
-        part = slice(i, i + size)
-        yield images[part], {name: value[part] for name, value in y.items()}
-
-
-def as_tf_data(images, y):
-    tf = pytest.importorskip("tensorflow")
-    return tf.data.Dataset.from_tensor_slices((images, y)).batch(4)
-
-
-def as_py_dataset(images, y):
-    return Batches([*batched(images, y)])
-
-
 @pytest.mark.parametrize("kind", ["context", "both"])
 def test_every_kind_of_data_gives_the_same_training(
     kind, make_model, toy_images, weights_of
@@ -306,7 +285,7 @@ def test_every_kind_of_data_gives_the_same_training(
         return [*history["loss"], validation], weights_of(model.network)
 
     expected = train(images, y, batch_size=4)
-    for stream in (as_tf_data, as_py_dataset, batched):
+    for stream in (as_tf_data, as_py_dataset, in_batches):
         got = train(stream(images, y))
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
         for ours, theirs in zip(got[1], expected[1]):

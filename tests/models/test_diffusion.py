@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_mscm import DiffusionModel, functional, losses, samplers, schedules
+from tests.models.data_forms import as_py_dataset, as_tf_data, in_batches
 
 EAGER = keras.backend.backend() == "torch"
 PATTERN = np.where(np.indices((4, 4)).sum(0) % 2, 0.8, -0.8)[..., None]
@@ -148,27 +149,6 @@ LABELS = np.arange(10) % 3
 
 # Where x_var is measured: evenly in the time of the cosine schedule.
 LEVELS = -2 * np.log(np.tan((np.arange(64) + 0.5) / 64 * np.pi / 2))
-
-
-def in_batches(images, labels):
-    for i in range(0, len(images), 4):
-        yield images[i : i + 4], labels[i : i + 4]
-
-
-def as_py_dataset(images, labels):
-    class Batches(keras.utils.PyDataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            return [*in_batches(images, labels)][index]
-
-    return Batches()
-
-
-def as_tf_data(images, labels):
-    tf = pytest.importorskip("tensorflow")
-    return tf.data.Dataset.from_tensor_slices((images, labels)).batch(4)
 
 
 @pytest.mark.parametrize(

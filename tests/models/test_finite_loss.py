@@ -4,25 +4,17 @@ import keras
 import numpy as np
 import pytest
 
+from tests.models.data_forms import Batches
+
 NUM_BAD = 3  # The batch that spoils it, of 6.
 
 
-class Batches(keras.utils.PyDataset):
-    """Six batches, of which one may hold NaNs."""
-
-    def __init__(self, images, bad):
-        super().__init__()
-        self.images, self.bad = images, bad
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        return (
-            np.full_like(self.images, np.nan)
-            if index == self.bad
-            else (self.images)
-        )
+def six_batches(images, bad):
+    """The same six times; one may hold NaNs."""
+    batches = [images] * 6
+    if bad is not None:
+        batches[bad] = np.full_like(images, np.nan)
+    return Batches(batches)
 
 
 class Saver(keras.callbacks.Callback):
@@ -50,7 +42,9 @@ def test_nan_in_a_later_batch(
     model.fit(images, epochs=2, verbose=0)
     before = weights_of(model.network)
     with pytest.raises(FloatingPointError) as error:
-        model.fit(Batches(images, NUM_BAD), shuffle=False, epochs=2, verbose=0)
+        model.fit(
+            six_batches(images, NUM_BAD), shuffle=False, epochs=2, verbose=0
+        )
     for part in ("epoch 1", "batch", "nan", "learning rate", "average"):
         assert part in str(error.value)
     assert_finite(weights_of(model))
@@ -81,11 +75,11 @@ def test_the_average_is_that_of_the_good_batches(
         model, saver = make_teacher(), Saver(weights_of)
         run = dict(shuffle=False, callbacks=[saver], verbose=0)
         if bad is None:
-            model.fit(Batches(images, None), **run)
+            model.fit(six_batches(images, None), **run)
             ends.append(saver.averages[NUM_BAD - 1])
             continue
         with pytest.raises(FloatingPointError):
-            model.fit(Batches(images, bad), **run)
+            model.fit(six_batches(images, bad), **run)
         ends.append(weights_of(model.ema_network))
         # It stopped at once, and no callback has seen a bad weight.
         assert len(saver.saved) == NUM_BAD + 1
@@ -105,7 +99,7 @@ def test_checkpoints_hold_no_bad_weights(
     )
     with pytest.raises(FloatingPointError):
         model.fit(
-            Batches(toy_images(4), NUM_BAD),
+            six_batches(toy_images(4), NUM_BAD),
             shuffle=False,
             callbacks=[checkpoint],
             verbose=0,
@@ -131,9 +125,9 @@ def test_with_gradient_accumulation(make_teacher, toy_images, weights_of):
     model = make_teacher(compile_with={"optimizer": optimizer})
     images = toy_images(4)
     with pytest.raises(FloatingPointError):
-        model.fit(Batches(images, 2), shuffle=False, verbose=0)
+        model.fit(six_batches(images, 2), shuffle=False, verbose=0)
     assert_finite(weights_of(model.optimizer))
-    model.fit(Batches(images, None), verbose=0)
+    model.fit(six_batches(images, None), verbose=0)
     assert_finite(weights_of(model))
 
 
@@ -144,7 +138,7 @@ def test_steps_per_execution(make_teacher, toy_images, weights_of):
             model.fit(toy_images(4), verbose=0)
         return
     with pytest.raises(FloatingPointError):
-        model.fit(Batches(toy_images(4), NUM_BAD), shuffle=False, verbose=0)
+        model.fit(six_batches(toy_images(4), NUM_BAD), shuffle=False, verbose=0)
     assert_finite(weights_of(model))
     assert_finite(weights_of(model.optimizer))
 
@@ -153,4 +147,4 @@ def test_a_callback_list(make_teacher, toy_images):
     model = make_teacher()
     callbacks = keras.callbacks.CallbackList([], model=model)
     with pytest.raises(FloatingPointError):
-        model.fit(Batches(toy_images(4), 1), callbacks=callbacks, verbose=0)
+        model.fit(six_batches(toy_images(4), 1), callbacks=callbacks, verbose=0)

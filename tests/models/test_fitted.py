@@ -5,6 +5,13 @@ import numpy as np
 import pytest
 from keras import ops
 
+from tests.models.data_forms import (
+    Batches,
+    as_py_dataset,
+    as_tf_data,
+    in_batches,
+)
+
 EAGER = keras.backend.backend() == "torch"
 
 
@@ -12,45 +19,11 @@ def fit(model, *data, **kw):
     return model.fit(*data, verbose=0, **kw).history
 
 
-class Batches(keras.utils.PyDataset):
-    def __init__(self, batches):
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
-
-
-def batched(images, labels, size=4):
-    for i in range(0, len(images), size):
-        if labels is None:
-            yield images[i : i + size]
-        else:
-            yield images[i : i + size], labels[i : i + size]
-
-
-def as_tf_data(images, labels):
-    tf = pytest.importorskip("tensorflow")
-    data = images if labels is None else (images, labels)
-    return tf.data.Dataset.from_tensor_slices(data).batch(4)
-
-
 def as_data_loader(images, labels):
     torch = pytest.importorskip("torch")
     arrays = [images] if labels is None else [images, labels]
     data = torch.utils.data.TensorDataset(*map(torch.as_tensor, arrays))
     return torch.utils.data.DataLoader(data, batch_size=4)
-
-
-def as_generator(images, labels):
-    return batched(images, labels)
-
-
-def as_py_dataset(images, labels):
-    return Batches(list(batched(images, labels)))
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])
@@ -76,7 +49,7 @@ def test_every_kind_of_data_gives_the_same_training(
 
     arrays = [images] if labels is None else [images, labels]
     expected = train(*arrays, batch_size=4, shuffle=False)
-    for stream in (as_tf_data, as_data_loader, as_generator, as_py_dataset):
+    for stream in (as_tf_data, as_data_loader, in_batches, as_py_dataset):
         got = train(stream(images, labels), shuffle=False, steps_per_epoch=3)
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
         for ours, theirs in zip(got[1], expected[1]):
@@ -98,7 +71,7 @@ def test_the_end_of_a_stream_is_no_step(make_teacher, toy_images):
     model, images = make_teacher(), toy_images(8)
     state = ops.convert_to_numpy(model.seed_generator.state)
     for updates in (2, 4):
-        fit(model, batched(images, None))
+        fit(model, in_batches(images))
         assert int(model.iteration) == updates
         assert int(model.optimizer.iterations) == updates
     drawn = ops.convert_to_numpy(model.seed_generator.state) - state
