@@ -80,20 +80,21 @@ def _annealing(results):
             else:
                 key, kind = steps, constant
             kind.setdefault(key, {})[row["seed"]] = value
-        constant = {
-            n: values for n, values in sorted(constant.items()) if values
-        }
         for steps, values in annealed.items():
-            held = [
-                better
-                for others in constant.values()
-                for better in _no_worse(values, others)
-            ]
-            if not held:
+            over = {
+                n: {s: others[s] / values[s] for s in values if s in others}
+                for n, others in sorted(constant.items())
+            }
+            over = {n: ratios for n, ratios in over.items() if ratios}
+            if not over:
                 continue
-            ours, *theirs = shared(values, *constant.values())
-            said = f"{cell(ours, 4)}; " + ", ".join(
-                f"{n}: {cell(others, 4)}" for n, others in zip(constant, theirs)
+            held = [
+                ratio >= 1
+                for ratios in over.values()
+                for ratio in ratios.values()
+            ]
+            said = f"{cell(values, 4)}; times that, constant " + ", ".join(
+                f"{n}: {cell(ratios)}" for n, ratios in over.items()
             )
             claim = f"K = {k}: teacher steps from {steps} better than constant"
             claims.append((claim, said, _verdict(held)))

@@ -200,6 +200,10 @@ def test_verdicts_can_confirm_and_contradict():
     told = read({cd(1): {0: 0.8}, constant: {0: 1.0}}, rows)
     assert told[claim(2, 8)] == "confirmed"
     assert told[claim(8, 32)] == "not confirmed"
+    known = Known({cd(1): {0: 0.8, 1: 1.0}, constant: {0: 1.0}}, rows)
+    numbers = {claim: said for claim, said, _ in verdicts(known)}
+    expected = "0.5000; times that, constant 4: 1.400, 16: 2.000"
+    assert numbers[claim(2, 8)] == expected
 
 
 def test_verdicts_of_several_seeds():
