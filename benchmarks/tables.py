@@ -2,6 +2,12 @@
 
 import statistics
 
+METHODS = {
+    "training": "CT",
+    "distillation": "CD",
+    "progressive": "PD",
+}
+
 
 def markdown(head, lines):
     """The lines of a table, and an empty one."""

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import data, report, run
+from benchmarks import data, plots, report, run
 from benchmarks.verdicts import verdicts
 from keras_mscm import DiffusionModel, UViT
 
@@ -80,7 +80,7 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "FOLDER", folder)
         patch.setattr(run, "MODELS", folder / "models")
-        patch.setattr(report, "MODELS", folder / "models")
+        patch.setattr(plots, "MODELS", folder / "models")
         patch.setattr(report, "FOLDER", folder)
         patch.setattr(run, "BATCH", 20)
         patch.setattr(data, "load", tiny_data)
