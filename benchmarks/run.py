@@ -324,11 +324,11 @@ def tasks(settings):
                         yield key, "curve"
 
 
-def cpu_cores():
-    """How many this process may use, which `taskset` can restrict."""
-    if hasattr(os, "sched_getaffinity"):  # of Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def hardware():
+    """The CPU cores that this process may use; `taskset` can restrict them."""
+    on_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count()
+    return f"{platform.machine()}, {cores} CPU core{'s' if cores > 1 else ''}"
 
 
 def circumstances(size):
@@ -342,7 +342,7 @@ def circumstances(size):
     return {
         "size": size,
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {cpu_cores()} CPU cores",
+        "hardware": hardware(),
         "backend": keras.backend.backend(),
         "versions": versions,
     }
