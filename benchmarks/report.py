@@ -135,6 +135,7 @@ def heading(results):
     seeds = sorted({r["seed"] for r in results.rows})
     judges = sorted({r["extractor"] for r in results.rows if "extractor" in r})
     hardware = sorted({r["hardware"] for r in results.rows})
+    date = max(r["date"] for r in results.rows)
     command = f"python -m benchmarks.run {name} --size {size}"
     if seeds != settings["seeds"]:
         command += " --seeds " + " ".join(map(str, seeds))
@@ -147,7 +148,7 @@ def heading(results):
         f"## {name}, {size} size",
         "",
         f"`{command}` on "
-        f"{row['backend']}, {' and '.join(hardware)}, until {row['date']}; "
+        f"{row['backend']}, {' and '.join(hardware)}, until {date}; "
         f"seeds {seeds}; {settings['num_samples']} samples; features of "
         f"{' and '.join(f'`{judge}`' for judge in judges)}; "
         f"{versions}. Teacher: {settings['teacher']}; students: "
