@@ -17,7 +17,7 @@ import pytest
 
 from keras_mscm import DiffusionModel, backend
 from keras_mscm.distribution import fully_sharded, tensor_parallel
-from keras_mscm.models import checks
+from keras_mscm.models import data_checks
 
 SCRIPT = Path(__file__).with_name("distributed_training.py")
 jax_only, tensorflow_only = (
@@ -201,10 +201,10 @@ def test_a_distribution_that_does_nothing_is_refused(tiny_uvit, one_device):
 def test_batches_must_divide(num, part, batch_size, fits):
     images = np.zeros((num, 1))
     if fits:
-        checks.check_shares("x", images, part, batch_size, 4)
+        data_checks.check_shares("x", images, part, batch_size, 4)
         return
     with pytest.raises(ValueError, match=rf"multiple of 4.*{batch_size}"):
-        checks.check_shares("x", images, part, batch_size, 4)
+        data_checks.check_shares("x", images, part, batch_size, 4)
 
 
 # The same results.

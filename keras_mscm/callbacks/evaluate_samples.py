@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_mscm import checks
 from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
-from keras_mscm.models import checks
 
 SUFFIX = ".weights.h5"
 

@@ -18,9 +18,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm.callbacks.atomic_file import write_atomically
-from keras_mscm.models import DenoisingModel, checks
+from keras_mscm.models import DenoisingModel
 
 POSITION = "position.json"
 KEPT = 2

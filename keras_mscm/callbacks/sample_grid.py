@@ -12,9 +12,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mscm import checks
 from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
-from keras_mscm.models import checks
 
 
 class SampleGrid(SamplingCallback):

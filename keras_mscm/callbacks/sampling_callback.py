@@ -7,7 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mscm.models import DenoisingModel, checks
+from keras_mscm import checks
+from keras_mscm.models import DenoisingModel, data_checks
 
 
 class SamplingCallback(keras.callbacks.Callback):
@@ -90,7 +91,7 @@ class SamplingCallback(keras.callbacks.Callback):
             parts.setdefault("context", np.zeros((num, 1, model.context_width)))
             mask = np.ones(parts["context"].shape[:2], "bool")
             parts.setdefault("context_mask", mask)
-        checks.check_conditioning(
+        data_checks.check_conditioning(
             "", parts, num, model.num_classes, model.context_width
         )
         try:

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_mscm.checks import check_images, check_positive_integer
 from keras_mscm.datasets.image_batches import ImageBatches
 from keras_mscm.datasets.resizing import center_square
-from keras_mscm.models.checks import check_images, check_positive_integer
 
 
 def from_arrays(

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_mscm.checks import check_positive_integer
 from keras_mscm.datasets.resizing import center_square, pillow
-from keras_mscm.models.checks import check_positive_integer
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_mscm import backend
-from keras_mscm.models.checks import check_positive_integer
+from keras_mscm.checks import check_positive_integer
 
 
 class ImageBatches(keras.utils.PyDataset):

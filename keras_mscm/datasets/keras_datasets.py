@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
+from keras_mscm.checks import check_choice
 from keras_mscm.datasets.arrays import from_arrays
 from keras_mscm.datasets.image_batches import ImageBatches
-from keras_mscm.models.checks import check_choice
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 

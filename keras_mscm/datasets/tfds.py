@@ -8,9 +8,9 @@ from typing import Any
 
 import keras
 
+from keras_mscm.checks import check_positive_integer
 from keras_mscm.datasets.image_batches import as_shard, check_seed
 from keras_mscm.datasets.resizing import center_square, pillow
-from keras_mscm.models.checks import check_positive_integer
 
 
 def from_tfds(

@@ -5,12 +5,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mscm import checks
 from keras_mscm.metrics.extractors import (
     FeatureExtractor,
     as_images,
     keras_features,
 )
-from keras_mscm.models import checks
 
 
 def classifier_features(

@@ -8,9 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos3", "lanczos5", "nearest")
 

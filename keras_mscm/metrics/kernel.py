@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_mscm import checks
 from keras_mscm.metrics.base import StoredFeatureMetric
 from keras_mscm.metrics.reference import Reference
-from keras_mscm.models import checks
 
 
 class KernelDistance(StoredFeatureMetric):

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from keras_mscm import checks
 from keras_mscm.metrics.base import StoredFeatureMetric
 from keras_mscm.metrics.reference import Reference
-from keras_mscm.models import checks
 
 # Vectors at a time: 2048 x 50,000 distances are 0.8 GB.
 CHUNK = 2048

@@ -8,10 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm.functional import process
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks, moving_average
+from keras_mscm.models import data_checks, moving_average
 from keras_mscm.models.denoiser import (
     CONDITIONING_DTYPES,
     Conditioning,
@@ -239,7 +239,7 @@ class DenoisingModel(Denoiser, FittedModel):
             data
         )
         images = ops.cast(images, "float32")
-        conditioning = checks.as_conditioning(labels)
+        conditioning = data_checks.as_conditioning(labels)
         conditioning = {
             name: ops.cast(value, CONDITIONING_DTYPES[name])
             for name, value in conditioning.items()

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, preset_files
+from keras_mscm import backend, checks, preset_files
 from keras_mscm.functional import process
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
+from keras_mscm.models import data_checks
 from keras_mscm.samplers import Denoise
 from keras_mscm.schedules import NoiseSchedule
 
@@ -286,7 +286,7 @@ class Denoiser(keras.Model):
             given.setdefault("context_mask", np.zeros((count, 1), "bool"))
         if "context" in given and "context_mask" not in given:
             given["context_mask"] = np.ones(given["context"].shape[:2], "bool")
-        checks.check_conditioning(
+        data_checks.check_conditioning(
             "", given, count, self.num_classes, self.context_width
         )
         if noise is None:

@@ -8,10 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, losses, samplers
+from keras_mscm import backend, checks, losses, samplers
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
+from keras_mscm.models import data_checks
 from keras_mscm.models.base import DenoisingModel, Example
 from keras_mscm.models.denoiser import (
     CONDITIONING_DTYPES,
@@ -244,7 +244,7 @@ def _as_batches(
                 x[i : i + batch_size],
                 {
                     name: value[i : i + batch_size]
-                    for name, value in checks.as_conditioning(y).items()
+                    for name, value in data_checks.as_conditioning(y).items()
                 },
             )
             for i in range(0, len(x), batch_size)
@@ -260,6 +260,6 @@ def _as_batches(
                 name: ops.convert_to_numpy(value).astype(
                     CONDITIONING_DTYPES[name]
                 )
-                for name, value in checks.as_conditioning(given).items()
+                for name, value in data_checks.as_conditioning(given).items()
             },
         )

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_mscm import backend
-from keras_mscm.models import checks
+from keras_mscm.models import data_checks
 from keras_mscm.models.finite_loss import FiniteLoss
 
 
@@ -42,8 +42,8 @@ class FittedModel(keras.Model):
         Raises:
             ValueError: If the loss is unknown, or not one value per example.
         """
-        loss = checks.as_loss(loss) or self.default_loss()
-        checks.check_loss(loss, self.image_shape)
+        loss = data_checks.as_loss(loss) or self.default_loss()
+        data_checks.check_loss(loss, self.image_shape)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         self._jit_compile_given = kwargs.get("jit_compile", "auto")
         # Built here, as Keras would do it by calling the model on raw images.
@@ -74,7 +74,7 @@ class FittedModel(keras.Model):
                 "The model must be compiled before `fit` or `evaluate`: call "
                 "`model.compile(optimizer=...)`. Received: a model that is not"
             )
-        checks.check_distribution(self)
+        data_checks.check_distribution(self)
 
     def fit(
         self,
@@ -115,7 +115,9 @@ class FittedModel(keras.Model):
         x = self._checked("x", x, y, kwargs.get("sample_weight"))
         batch_size = args[0] if args else kwargs.get("batch_size")
         share = 1 - kwargs.get("validation_split", 0.0)
-        checks.check_shares("x", x, share, batch_size, backend.shares(self))
+        data_checks.check_shares(
+            "x", x, share, batch_size, backend.shares(self)
+        )
         if isinstance(validation_data, (list, tuple)):
             if not 1 <= len(validation_data) <= 3:
                 raise ValueError(
@@ -153,7 +155,9 @@ class FittedModel(keras.Model):
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked it
             x = self._checked("x", x, y, kwargs.get("sample_weight"))
             batch_size = args[0] if args else kwargs.get("batch_size")
-            checks.check_shares("x", x, 1, batch_size, backend.shares(self))
+            data_checks.check_shares(
+                "x", x, 1, batch_size, backend.shares(self)
+            )
         with backend.values_kept(self):
             return super().evaluate(x, y, *args, **kwargs)
 
@@ -175,7 +179,7 @@ class FittedModel(keras.Model):
     def _checked(
         self, name: str, x: Any, y: Any = None, sample_weight: Any = None
     ) -> Any:
-        return checks.check_data(
+        return data_checks.check_data(
             name,
             x,
             y,

@@ -7,10 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, losses
+from keras_mscm import backend, checks, losses
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
 from keras_mscm.models.base import Example
 from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.student import StudentModel

@@ -6,10 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mscm import checks, losses
 from keras_mscm import functional as F
-from keras_mscm import losses
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
 from keras_mscm.models.base import Example
 from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.moving_average import clone_network

@@ -6,9 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import samplers
+from keras_mscm import checks, samplers
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
 from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.teacher import TaughtModel
 

@@ -4,8 +4,8 @@ from typing import Any, Self
 
 import keras
 
+from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import checks
 from keras_mscm.models.base import DenoisingModel
 from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.diffusion import DiffusionModel

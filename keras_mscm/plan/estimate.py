@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mscm.models import checks
+from keras_mscm import checks
 from keras_mscm.plan import compiler, operations
 from keras_mscm.plan.chips import Slice
 from keras_mscm.plan.steps import METHODS, Step, step_of

@@ -1,4 +1,4 @@
-"""Checks of data and arguments; each raises a `ValueError` that says it all."""
+"""Checks of what comes to `fit`: data, their conditioning, devices, a loss."""
 
 import itertools
 import math
@@ -10,51 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import backend
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(
-            f"`{name}` must be one of {allowed}. Received: {name}={value!r}"
-        )
-
-
-def check_positive_integer(name: str, value: Any) -> None:
-    """Raises unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(
-            f"`{name}` must be an integer. Received: {name}={value!r} of type "
-            f"{type(value).__name__}"
-        )
-    if value < 1:
-        raise ValueError(
-            f"`{name}` must be at least 1. Received: {name}={value}"
-        )
-
-
-def check_number(
-    name: str, value: Any, low: float, allowed: str, high: float = math.inf
-) -> None:
-    """Raises unless `value` is a finite number in [low, high].
-
-    Args:
-        name: The argument's name.
-        value: What came.
-        low: The smallest number allowed.
-        allowed: What to say is allowed.
-        high: The largest number allowed.
-    """
-    numbers = (int, float, np.integer, np.floating)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise ValueError(
-            f"`{name}` must be {allowed}. Received: {name}={value!r}"
-        )
+from keras_mscm.checks import check_images, check_labels, describe
 
 
 def as_loss(loss: Any) -> Any:
@@ -85,74 +41,6 @@ def check_loss(loss: Any, image_shape: tuple[int, ...]) -> None:
         )
 
 
-def check_images(name: str, images: Any, image_shape: tuple[int, ...]) -> None:
-    """Raises unless `images` is a batch of float images in [-1, 1]."""
-    shape = tuple(images.shape)
-    if shape[1:] != tuple(image_shape):
-        raise ValueError(
-            f"`{name}` must be images of shape (batch, height, width, "
-            f"channels) = (batch, {', '.join(map(str, image_shape))}). "
-            f"Received: shape {shape}"
-        )
-    if 0 in shape:
-        raise ValueError(f"`{name}` has no images. Received: shape {shape}")
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    images = ops.convert_to_numpy(images)
-    low, high = float(images.min()), float(images.max())
-    if np.isnan(low) or np.isnan(high):
-        bad = int(np.isnan(images).sum())
-        raise ValueError(
-            f"`{name}` must be finite. Received: {bad} NaN of {images.size}"
-        )
-    if "float" not in dtype or low < -1 or high > 1:
-        hint = (
-            " Integers 0..255 become that by `images / 127.5 - 1`."
-            if high > 1 and low >= 0
-            else ""
-        )
-        raise ValueError(
-            f"`{name}` must be floats in [-1, 1].{hint} Received: dtype "
-            f"{dtype} from {low:g} to {high:g}"
-        )
-
-
-def check_labels(name: str, labels: Any, num_classes: int | None) -> None:
-    """Raises unless `labels` is a vector of classes, or None without any."""
-    if num_classes is None:
-        if labels is not None:
-            raise ValueError(
-                f"`{name}` must not be given: the network has no classes "
-                f"(num_classes=None). Received: {_describe(labels)}"
-            )
-        return
-    if labels is None:
-        raise ValueError(
-            f"`{name}` must be given: the network has num_classes="
-            f"{num_classes}. Received: None. Give batches as (images, labels), "
-            f"labels integers 0..{num_classes - 1}"
-        )
-    integers = hasattr(labels, "dtype") and "int" in str(labels.dtype)
-    if not integers or len(labels.shape) != 1 or 0 in labels.shape:
-        raise ValueError(
-            f"`{name}` must be an array of integers of shape (batch,). "
-            f"Received: {_describe(labels)}"
-        )
-    if not isinstance(labels, np.ndarray):
-        labels = ops.convert_to_numpy(labels)
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"`{name}` must be in 0..{num_classes - 1} (num_classes="
-            f"{num_classes}). Received: labels from {low} to {high}"
-        )
-
-
-def _describe(array: Any) -> str:
-    if hasattr(array, "shape"):
-        return f"shape {tuple(array.shape)}, dtype {array.dtype}"
-    return type(array).__name__
-
-
 def check_sample_weight(name: str, weight: Any, num: int) -> None:
     """Raises unless `weight`, if there is one, is a number per image."""
     if weight is None:
@@ -160,7 +48,7 @@ def check_sample_weight(name: str, weight: Any, num: int) -> None:
     if tuple(getattr(weight, "shape", ())) != (num,):
         raise ValueError(
             f"`{name}` must be an array of one weight per image, shape "
-            f"({num},). Received: {_describe(weight)}"
+            f"({num},). Received: {describe(weight)}"
         )
     if not np.all(np.isfinite(ops.convert_to_numpy(weight))):
         raise ValueError(
@@ -212,13 +100,13 @@ def check_conditioning(
             raise ValueError(
                 f"`{part('context')}` must be an array of vectors, (batch, "
                 f"length, context_width) = (batch, length, {context_width}). "
-                f"Received: {_describe(context)}"
+                f"Received: {describe(context)}"
             )
         if tuple(getattr(mask, "shape", ())) != shape[:2]:
             raise ValueError(
                 f"`{part('context_mask')}` must be an array of shape (batch, "
                 f"length) = {shape[:2]}, as the context is. Received: "
-                f"{_describe(mask)}"
+                f"{describe(mask)}"
             )
     for key, value in y.items():
         if value is not None and value.shape[0] != num:
@@ -242,7 +130,7 @@ def check_batch(
         raise ValueError(
             f"`{name}` must be or yield `images`, `(images, labels)` or "
             "`(images, labels, sample_weight)`, all arrays. Received: "
-            f"({', '.join(map(_describe, batch))})"
+            f"({', '.join(map(describe, batch))})"
         )
     check_images(f"{name} (images)", images, image_shape)
     num = images.shape[0]
@@ -299,13 +187,13 @@ def check_data(
             raise ValueError(
                 f"`{name}` must, as a DataLoader, yield [images] or [images, "
                 "labels], as it does from a `torch.utils.data.TensorDataset`. "
-                f"Received: a tensor, {_describe(batch)}"
+                f"Received: a tensor, {describe(batch)}"
             )
     else:
         raise ValueError(
             f"`{name}` must be an array of images, a tf.data.Dataset, a "
             "PyDataset, a DataLoader or a generator. Received: "
-            f"{_describe(x)}"
+            f"{describe(x)}"
         )
     if batch is None:
         raise ValueError(f"`{name}` is empty. Received: no batch")
