@@ -6,6 +6,7 @@ value back as plain Python's, so that a configuration can hold it.
 
 import math
 import os
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ import keras
 import numpy as np
 from keras import ops
 
-#: One more than the largest seed. Some backends keep seeds as int32.
-SEED_END = 2**31
+#: One more than the largest seed, because Keras takes seeds modulo this number
+#: on TensorFlow, where larger ones would draw what smaller ones do.
+SEED_END = 2**31 - 2
 
 
 def describe(value: Any) -> str:
@@ -53,7 +55,7 @@ def check_integer(
     """Raises unless `value` is an integer of at least `low`, at most `high`."""
     allowed = f"an integer of at least {low}"
     if high is not None:
-        allowed = f"an integer in {low}..{high}"
+        allowed += f" and at most {high}"
     if isinstance(value, (bool, np.bool_)) or not isinstance(
         value, (int, np.integer)
     ):
@@ -150,7 +152,7 @@ def check_path(name: str, value: Any) -> Path:
 
 
 def check_seed(name: str, value: Any) -> int | None:
-    """Raises unless `value` is a seed, an integer in 0..2**31 - 1, or None.
+    """Raises unless `value` is a seed, an integer in 0..2**31 - 3, or None.
 
     No two of these give the same numbers, on any backend. None draws one from
     Python's `random`, which `keras.utils.set_random_seed` seeds.
@@ -161,8 +163,14 @@ def check_seed(name: str, value: Any) -> int | None:
         return check_integer(name, value, 0, SEED_END - 1)
     except ValueError:
         raise invalid(
-            name, "an integer in 0..2**31 - 1, or None", value
+            name, "an integer in 0..2**31 - 3, or None", value
         ) from None
+
+
+def as_seed(name: str, value: Any) -> int:
+    """A seed as `check_seed` allows it; for None one that is drawn."""
+    value = check_seed(name, value)
+    return random.randrange(SEED_END) if value is None else value
 
 
 def check_sequence(name: str, value: Any, what: str) -> tuple:

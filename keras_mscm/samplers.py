@@ -10,7 +10,6 @@ A deterministic sampler is an integrator of the probability flow as well: its
 student learns from in distillation.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 import keras
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 from keras_mscm.schedules import NoiseSchedule
@@ -30,18 +29,39 @@ Integrator: TypeAlias = Callable[
 ]
 
 
-class _StepSeed(keras.random.SeedGenerator):
+class StepSeed(keras.random.SeedGenerator):
     """The random state of one step: a tensor, where Keras has a variable.
 
-    Within a compiled loop nothing can be assigned.
+    Within a compiled loop nothing can be assigned. As a seed of
+    `keras.random`'s functions it is good for one draw, which depends on how
+    images are batched; `normal` is not.
+
+    Args:
+        state: Seed, and number of the first image, `(2,)`.
+        step: Number of the step, from 0.
     """
 
     def __init__(self, state: Tensor, step: Tensor):
         self.state, self.step = state, step
 
+    def normal(self, images: Tensor) -> Tensor:
+        """Standard normal noise, each image's its own.
+
+        Args:
+            images: What it is for, `(batch, ...)`.
+        """
+        seed, first = ops.unstack(ops.cast(self.state, "int32"))
+        number = first + ops.arange(ops.shape(images)[0], dtype="int32")
+        # Draw 0 is the noise that sampling begins with.
+        draw = ops.cast(self.step, "int32") + 1
+        return F.normal(seed, number, draw, tuple(images.shape[1:]))
+
     def next(self, ordered: bool = True) -> Tensor:
-        seed, count = ops.unstack(self.state)
-        return ops.stack([seed, count + ops.cast(self.step, count.dtype)])
+        """A state that no other step has, for one of `keras.random`."""
+        seed, first = ops.unstack(self.state)
+        word, _ = F.threefry_2x32((seed, first), (-1, self.step))
+        word = ops.cast(ops.bitwise_and(word, 2**31 - 1), seed.dtype)
+        return ops.stack([word, ops.zeros_like(word)])
 
 
 class Sampler:
@@ -55,8 +75,9 @@ class Sampler:
         noise: Standard normal `z_1`, `(batch, ...)`.
         schedule: Time to log-SNR; steps are of equal length in its time.
         num_steps: Number of steps, at least 1.
-        seed: Of a stochastic sampler's noise: an integer, or the state of a
-            `keras.random.SeedGenerator`. None draws one.
+        seed: Of a stochastic sampler's noise: an integer in 0..2**31 - 3, or
+            a tensor of that and the number of the first image, `(2,)`. None
+            draws one.
 
     Call returns:
         `z_0`, `(batch, ...)`.
@@ -71,7 +92,7 @@ class Sampler:
         logsnr_t: Tensor,
         logsnr_s: Tensor,
         denoise: Denoise,
-        seed: keras.random.SeedGenerator,
+        seed: StepSeed,
     ) -> Tensor:
         """One step from t to s.
 
@@ -81,7 +102,8 @@ class Sampler:
             logsnr_t: Log-SNR at t, `(batch,)`.
             logsnr_s: Log-SNR at s, `(batch,)`.
             denoise: Function of `(z, logsnr)`, for more predictions.
-            seed: Random state of this step, for one draw.
+            seed: Random state of this step: `seed.normal(x)`, or one draw
+                by a function of `keras.random`.
 
         Returns:
             `z_s`, `(batch, ...)`.
@@ -99,10 +121,8 @@ class Sampler:
         noise = ops.convert_to_tensor(noise, "float32")
         batch = ops.ones((ops.shape(noise)[0],), "float32")
         total = ops.cast(num_steps, "float32")
-        if seed is None:
-            seed = random.randrange(2**31)
         if not getattr(seed, "shape", ()):  # a number, not a state
-            seed = backend.random_state(seed)
+            seed = backend.random_state(checks.as_seed("seed", seed))
         seed = ops.convert_to_tensor(seed)
         ends = ops.convert_to_tensor([0.0, 1.0])  # of a step, t and s
 
@@ -113,7 +133,7 @@ class Sampler:
                 for logsnr in ops.unstack(schedule((left - ends) / total))
             )
             x = denoise(z, logsnr_t)
-            of_step = _StepSeed(seed, i)
+            of_step = StepSeed(seed, i)
             return self.step(x, z, logsnr_t, logsnr_s, denoise, of_step)
 
         return ops.fori_loop(0, num_steps, body, noise)
@@ -233,7 +253,7 @@ class NoisyDDIM(Sampler):
 
     def step(self, x, z_t, logsnr_t, logsnr_s, denoise, seed):
         deviation = F.expand(ops.sqrt(self.x_var(logsnr_t)), x)
-        x = x + deviation * keras.random.normal(ops.shape(x), seed=seed)
+        x = x + deviation * seed.normal(x)
         return F.ddim(x, z_t, logsnr_t, logsnr_s)
 
 
@@ -246,5 +266,4 @@ class DDPM(Sampler):
 
     def step(self, x, z_t, logsnr_t, logsnr_s, denoise, seed):
         mean, variance = F.posterior(x, z_t, logsnr_t, logsnr_s)
-        noise = keras.random.normal(ops.shape(x), seed=seed)
-        return mean + ops.sqrt(variance) * noise
+        return mean + ops.sqrt(variance) * seed.normal(x)

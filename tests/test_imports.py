@@ -19,7 +19,7 @@ every_file = pytest.mark.parametrize(
 FLOORS = [
     {"checks"},
     {"functional", "networks", "backend", "preset_files"},
-    {"schedules", "losses", "samplers"},
+    {"schedules", "losses", "samplers", "variance"},
     {"models"},
     {"callbacks", "metrics", "datasets", "distribution", "presets"},
     {"plan"},

@@ -32,6 +32,7 @@ from keras_mscm.backend.random_states import (
     host_random_states,
     random_state,
     rewound,
+    seed_generator,
     set_host_random_states,
 )
 from keras_mscm.backend.steps import (
@@ -61,6 +62,7 @@ __all__ = [
     "replica",
     "rewound",
     "run_with_state",
+    "seed_generator",
     "set_host_random_states",
     "shares",
     "unpooled",

@@ -36,22 +36,38 @@ def rewound(seed_states: Sequence[keras.Variable]) -> Iterator[None]:
         state.assign(value)
 
 
-def random_state(*seeds: int) -> np.ndarray:
+def random_state(seed: int, first: int = 0) -> np.ndarray:
     """A state for random draws that needs no variable.
 
-    It lies far from the states of other seeds and from those that follow on
-    them: on PyTorch, Keras adds a state's seed and count, so that neighbouring
-    seeds would draw the same numbers one after the other.
-
     Args:
-        *seeds: Integers.
+        seed: Integer in 0..2**31 - 1.
+        first: Number of the first image that it is for.
 
     Returns:
-        Seed and count, as a `keras.random.SeedGenerator` holds them.
+        Seed and number, as a `keras.random.SeedGenerator` holds seed and count.
     """
-    words = np.random.SeedSequence([int(seed) % 2**64 for seed in seeds])
-    seed = words.generate_state(1)[0] >> 1
-    return np.asarray([seed, 0], "uint32" if NAME == "jax" else "int32")
+    dtype = "uint32" if NAME == "jax" else "int32"
+    return np.asarray([_spread(seed), first], dtype)
+
+
+def seed_generator(seed: int | None) -> keras.random.SeedGenerator:
+    """A seed generator that shares no numbers with another seed's.
+
+    Args:
+        seed: Integer in 0..2**31 - 3, or None, which draws one.
+    """
+    if NAME == "torch" and seed is not None:
+        seed = _spread(seed)
+    return keras.random.SeedGenerator(seed)
+
+
+def _spread(seed: int) -> int:
+    """Another seed for each, far from its neighbours' (golden section).
+
+    Because PyTorch's generator is given the sum of a state's seed and count,
+    neighbouring seeds would draw the same numbers, one after the other.
+    """
+    return seed * 0x4F1BBCDD % 2**31
 
 
 def host_random_states() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The mathematics of the paper as pure `keras.ops` functions.
 
-Nothing here knows a model, a variable or a seed. Times are handed over as
+Nothing here knows a model or a variable. Times are handed over as
 log-SNR values of shape `(batch,)`; images have shape `(batch, ...)`.
 """
 
@@ -23,6 +23,7 @@ from keras_mscm.functional.process import (
     predict_x,
     sigma,
 )
+from keras_mscm.functional.threefry import normal, threefry_2x32
 
 __all__ = [
     "add_noise",
@@ -35,10 +36,12 @@ __all__ = [
     "expand",
     "heun_x",
     "inverse_ddim",
+    "normal",
     "posterior",
     "predict_epsilon",
     "predict_x",
     "segment_times",
     "sigma",
     "teacher_steps",
+    "threefry_2x32",
 ]

@@ -12,12 +12,9 @@ from keras_mscm import backend, checks
 from keras_mscm.functional import process
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import data_checks, moving_average
-from keras_mscm.models.denoiser import (
-    CONDITIONING_DTYPES,
-    Conditioning,
-    Denoiser,
-)
+from keras_mscm.models.denoiser import Conditioning, Denoiser
 from keras_mscm.models.fitted import FittedModel
+from keras_mscm.models.sampling import CONDITIONING_DTYPES
 from keras_mscm.schedules import CosineSchedule, NoiseSchedule
 
 Example = tuple[dict[str, Tensor], Tensor, Tensor]
@@ -133,7 +130,7 @@ class DenoisingModel(Denoiser, FittedModel):
         self._check_label_dropout()
         self.ema_decay, self.ema_half_life = ema_decay, ema_half_life
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = backend.seed_generator(seed)
         self._compiled_samplers = {}
 
         self._check_network()

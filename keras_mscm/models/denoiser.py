@@ -1,7 +1,7 @@
 """What a denoising model does without training: it predicts, and it draws."""
 
+import inspect
 import os
-import random
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -9,21 +9,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, checks, preset_files
+from keras_mscm import backend, preset_files
+from keras_mscm import functional as F
 from keras_mscm.functional import process
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import data_checks
+from keras_mscm.models import sampling
 from keras_mscm.samplers import Denoise
 from keras_mscm.schedules import NoiseSchedule
 
 Conditioning = dict[str, Tensor]
 Sampler = Callable[[Denoise, Tensor, NoiseSchedule, Tensor, Tensor], Tensor]
-
-CONDITIONING_DTYPES = {
-    "labels": "int32",
-    "context": "float32",
-    "context_mask": "bool",
-}
 
 
 class Denoiser(keras.Model):
@@ -40,6 +35,7 @@ class Denoiser(keras.Model):
     num_classes: int | None
     context_width: int | None
     label_dropout: float
+    generate: Callable[..., np.ndarray]
     _compiled_samplers: dict[tuple, Callable]
 
     @property
@@ -138,71 +134,65 @@ class Denoiser(keras.Model):
             training=bool(training),
         )
 
-    def _generate(
-        self,
-        sampler: Sampler,
-        num_steps: int,
-        *,
-        num_images: int | None,
-        conditioning: dict[str, Any],
-        noise: Any,
-        seed: int | None,
-        batch_size: int | None,
-        schedule: NoiseSchedule | None = None,
-        guidance_scale: float | None = None,
-    ) -> np.ndarray:
-        """`generate` with any sampler, in batches of one compiled shape."""
-        checks.check_positive_integer("num_steps", num_steps)
-        if not callable(sampler) or isinstance(sampler, type):
-            raise ValueError(
-                "`sampler` must be one of `keras_mscm.samplers` or a function "
-                "of (denoise, noise, schedule, num_steps, seed). Received: "
-                f"sampler={sampler!r}"
-            )
-        schedule = self.schedule if schedule is None else schedule
-        if not isinstance(schedule, NoiseSchedule):
-            raise ValueError(
-                "`schedule` must be one of `keras_mscm.schedules`. Received: "
-                f"schedule={schedule!r}"
-            )
-        if guidance_scale is not None:
-            checks.check_number(
-                "guidance_scale", guidance_scale, 0, "a number of at least 0"
-            )
-            self._check_guidable("guidance_scale", guidance_scale)
-        noise, conditioning = self._sampling_inputs(
-            num_images, conditioning, noise, seed
-        )
-        num_images = noise.shape[0]
-        if batch_size is None:
-            batch_size = min(num_images, 128)
-        checks.check_positive_integer("batch_size", batch_size)
+    def check_generate(self, *args: Any, **kwargs: Any) -> None:
+        """Raises what `generate` would of its arguments; draws nothing.
 
-        guided = guidance_scale is not None
-        key = (sampler, schedule, guided)
+        Args:
+            *args: As for `generate`.
+            **kwargs: As for `generate`.
+
+        Raises:
+            ValueError: If an argument is out of its range, or they disagree.
+            TypeError: If there is no such argument.
+        """
+        bound = inspect.signature(self.generate).bind(*args, **kwargs)
+        bound.apply_defaults()
+        self._request(**bound.arguments)
+
+    def _request(
+        self,
+        *,
+        labels: Any,
+        context: Any,
+        context_mask: Any,
+        **arguments: Any,
+    ) -> sampling.Request:
+        """What `generate` is asked for by its arguments, checked."""
+        conditioning = {
+            "labels": labels,
+            "context": context,
+            "context_mask": context_mask,
+        }
+        return sampling.request(self, conditioning=conditioning, **arguments)
+
+    def _draw(self, request: sampling.Request) -> np.ndarray:
+        """Draws what is asked for, in batches of one compiled shape."""
+        num, batch_size = request.num_images, request.batch_size
+        scale = request.guidance_scale
+        key = (request.sampler, request.schedule, scale is not None)
         run = self._compiled_samplers.get(key)
         if run is None:
             run = self._compile_sampler(*key)
             self._compiled_samplers[key] = run
 
-        if seed is None:
-            seed = random.randrange(2**31)
-        steps = np.int32(num_steps)
-        scale = [np.float32(guidance_scale)] if guided else []
-        batches = []
-        for begin in range(0, num_images, batch_size):
-            part = noise, conditioning
-            if batch_size != num_images:
+        steps = np.int32(request.num_steps)
+        scales = [] if scale is None else [np.float32(scale)]
+        images = np.empty((num, *self.image_shape), "float32")
+        for begin in range(0, num, batch_size):
+            numbers = np.arange(begin, begin + batch_size, dtype="int32")
+            noise, conditioning = request.noise, request.conditioning
+            if batch_size != num:
                 # Wrap around, so that the last batch has the compiled shape.
-                places = np.arange(begin, begin + batch_size) % num_images
-                part = (
-                    ops.take(noise, places, axis=0),
-                    {name: value[places] for name, value in part[1].items()},
-                )
-            state = backend.random_state(seed, begin)
-            images = run(*part, steps, state, *scale)
-            batches.append(ops.convert_to_numpy(images))
-        return np.concatenate(batches)[:num_images]
+                places = numbers % num
+                if noise is not None:
+                    noise = ops.take(noise, places, axis=0)
+                conditioning = {k: v[places] for k, v in conditioning.items()}
+            state = backend.random_state(request.seed, begin)
+            start = numbers if noise is None else noise
+            drawn = run(start, conditioning, steps, state, *scales)
+            end = min(begin + batch_size, num)
+            images[begin:end] = ops.convert_to_numpy(drawn)[: end - begin]
+        return images
 
     def _compile_sampler(
         self, sampler: Sampler, schedule: NoiseSchedule, guided: bool
@@ -216,6 +206,8 @@ class Denoiser(keras.Model):
         network = self.ema_network
 
         def run(noise, conditioning, num_steps, seed, *scale):
+            if len(noise.shape) == 1:  # the numbers of images without any
+                noise = F.normal(seed[0], noise, 0, self.image_shape)
             noise, conditioning = backend.divided((noise, conditioning))
 
             def denoise(z, logsnr):
@@ -233,68 +225,19 @@ class Denoiser(keras.Model):
         """What a sampler may read."""
         return self.ema_network.variables
 
-    def _check_guidable(self, name: str, value: Any) -> None:
+    def check_guidable(self, name: str, value: Any) -> None:
+        """Raises unless the model can do without its conditioning.
+
+        Args:
+            name: What asks for guidance, as a message is to call it.
+            value: What came.
+        """
         if not self.label_dropout:
             raise ValueError(
                 f"`{name}` must not be given: guidance needs a model that was "
                 "trained with label_dropout > 0 to do without its "
                 f"conditioning. Received: {name}={value}"
             )
-
-    def _sampling_inputs(self, num_images, conditioning, noise, seed):
-        """Noise and conditioning for `num_images`, from what was given."""
-        given = {
-            name: value
-            if isinstance(value, np.ndarray)
-            else np.asarray(ops.convert_to_numpy(value))
-            for name, value in conditioning.items()
-            if value is not None
-        }
-        counts = {}
-        if num_images is not None:
-            checks.check_positive_integer("num_images", num_images)
-            counts["num_images"] = int(num_images)
-        counts |= {name: len(v) for name, v in given.items() if v.ndim}
-        if noise is not None:
-            # An array stays one: the compiled sampler takes it as it is.
-            convert = np.asarray
-            if not isinstance(noise, np.ndarray):
-                convert = ops.convert_to_tensor
-            noise = convert(noise, "float32")
-            if tuple(noise.shape[1:]) != self.image_shape:
-                raise ValueError(
-                    "`noise` must be of shape (num_images, height, width, "
-                    f"channels) = (num_images, {str(self.image_shape)[1:]}. "
-                    f"Received: shape {tuple(noise.shape)}"
-                )
-            if 0 in noise.shape:
-                raise ValueError(
-                    "`noise` has no images. Received: shape "
-                    f"{tuple(noise.shape)}"
-                )
-            counts["noise"] = noise.shape[0]
-        if len(set(counts.values())) > 1:
-            raise ValueError(
-                "`num_images`, the conditioning and `noise` must agree in "
-                f"number. Received: {counts}"
-            )
-        count = next(iter(counts.values()), self.num_classes or 1)
-        if self.num_classes and "labels" not in given:
-            given["labels"] = np.arange(count) % self.num_classes
-        if self.context_width and "context" not in given:
-            given["context"] = np.zeros((count, 1, self.context_width))
-            given.setdefault("context_mask", np.zeros((count, 1), "bool"))
-        if "context" in given and "context_mask" not in given:
-            given["context_mask"] = np.ones(given["context"].shape[:2], "bool")
-        data_checks.check_conditioning(
-            "", given, count, self.num_classes, self.context_width
-        )
-        if noise is None:
-            noise = keras.random.normal((count, *self.image_shape), seed=seed)
-        return noise, {
-            name: value.astype(CONDITIONING_DTYPES[name], copy=False)
-            for name, value in given.items()
-        }
 
     # Presets: what it takes to use a model, or to begin with it.
 

@@ -1,6 +1,5 @@
 """Standard diffusion training: the teacher."""
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,19 +7,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, checks, losses, samplers
+from keras_mscm import backend, checks, losses, samplers, variance
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import data_checks
 from keras_mscm.models.base import DenoisingModel, Example
-from keras_mscm.models.denoiser import (
-    CONDITIONING_DTYPES,
-    Conditioning,
-    Sampler,
-)
+from keras_mscm.models.denoiser import Conditioning, Sampler
+from keras_mscm.models.sampling import CONDITIONING_DTYPES, Request
 from keras_mscm.schedules import NoiseSchedule
-
-X_VAR_LEVELS = 64
+from keras_mscm.variance import MeasuredVariance
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -48,10 +43,8 @@ class DiffusionModel(DenoisingModel):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Of the posterior variance times 1 + SNR, which varies little where the
-        # variance goes to 0; at levels even in the angle of `_angle`.
         self.x_var_table = self.add_weight(
-            shape=(X_VAR_LEVELS,),
+            shape=(variance.LEVELS,),
             dtype="float32",
             initializer="zeros",
             trainable=False,
@@ -109,7 +102,9 @@ class DiffusionModel(DenoisingModel):
             noise: Standard normal noise to begin from, `(num_images, height,
                 width, channels)`.
             seed: Seed of that noise, where it isn't given, and of what a
-                stochastic sampler adds.
+                stochastic sampler adds: an integer in 0..2**31 - 3. The same
+                seed gives an image of the same number the same noise, on every
+                backend, whatever the batch size. None draws one.
             batch_size: Images per call of the compiled sampler, 128 at most by
                 default. Each batch size is compiled once.
 
@@ -120,21 +115,25 @@ class DiffusionModel(DenoisingModel):
         Raises:
             ValueError: If an argument is out of its range, or they disagree.
         """
-        return self._generate(
-            samplers.ADDIM() if sampler is None else sampler,
-            num_steps,
-            num_images=num_images,
-            conditioning={
-                "labels": labels,
-                "context": context,
-                "context_mask": context_mask,
-            },
-            noise=noise,
-            seed=seed,
-            batch_size=batch_size,
-            schedule=schedule,
-            guidance_scale=guidance_scale,
+        return self._draw(
+            self._request(
+                num_images=num_images,
+                num_steps=num_steps,
+                sampler=sampler,
+                schedule=schedule,
+                guidance_scale=guidance_scale,
+                labels=labels,
+                context=context,
+                context_mask=context_mask,
+                noise=noise,
+                seed=seed,
+                batch_size=batch_size,
+            )
         )
+
+    def _request(self, *, sampler: Any, **arguments: Any) -> Request:
+        sampler = samplers.ADDIM() if sampler is None else sampler
+        return super()._request(sampler=sampler, **arguments)
 
     # The empirical posterior variance of aDDIM (algorithm 3).
 
@@ -170,7 +169,7 @@ class DiffusionModel(DenoisingModel):
         checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
         x = self._checked("x", x, y)
         seeds = keras.random.SeedGenerator(seed)
-        levels = _level_logsnr()
+        levels = variance.level_logsnr()
 
         def squared_error(images, epsilon, conditioning, logsnr):
             images, epsilon, conditioning = backend.divided(
@@ -184,7 +183,7 @@ class DiffusionModel(DenoisingModel):
         compiled = backend.compile_inference(
             squared_error, self.ema_network.variables
         )
-        total, count = np.zeros(X_VAR_LEVELS), 0
+        total, count = np.zeros(variance.LEVELS), 0
         for images, conditioning in _as_batches(x, y, batch_size):
             for i, level in enumerate(levels):
                 epsilon = keras.random.normal(images.shape, seed=seeds)
@@ -194,43 +193,19 @@ class DiffusionModel(DenoisingModel):
         self.x_var_table.assign(eta * total / count * (1 + np.exp(levels)))
 
     @property
-    def x_var(self) -> samplers.Variance:
+    def x_var(self) -> MeasuredVariance:
         """The measured posterior variance, a function of log-SNR.
 
         Raises:
             ValueError: If `measure_x_var` has not been called.
         """
-        if not np.any(ops.convert_to_numpy(self.x_var_table)):
+        table = ops.convert_to_numpy(self.x_var_table)
+        if not np.any(table):
             raise ValueError(
                 "`x_var` must be measured first: call `model.measure_x_var("
                 "images, labels)`. Received: a model in which it is not"
             )
-        return self._x_var
-
-    def _x_var(self, logsnr: Tensor) -> Tensor:
-        # Linear between levels; the ends hold beyond them.
-        place = _angle(logsnr) * X_VAR_LEVELS - 0.5
-        place = ops.clip(place, 0, X_VAR_LEVELS - 1)
-        below = ops.floor(place)
-        index = ops.cast(below, "int32")
-        after = ops.minimum(index + 1, X_VAR_LEVELS - 1)
-        low, high = (ops.take(self.x_var_table, i) for i in (index, after))
-        scaled = low + (place - below) * (high - low)
-        return scaled / (1.0 + ops.exp(logsnr))
-
-    def _sampling_variables(self) -> list[keras.Variable]:
-        return [*self.ema_network.variables, self.x_var_table]
-
-
-def _angle(logsnr: Tensor) -> Tensor:
-    """The time in (0, 1) at which the plain cosine schedule has a log-SNR."""
-    return ops.arctan(ops.exp(-logsnr / 2)) * (2 / math.pi)
-
-
-def _level_logsnr() -> np.ndarray:
-    """Log-SNR at the middle of each of the table's intervals of `_angle`."""
-    angle = (np.arange(X_VAR_LEVELS) + 0.5) / X_VAR_LEVELS
-    return (-2 * np.log(np.tan(angle * math.pi / 2))).astype("float32")
+        return MeasuredVariance(table.tolist())
 
 
 def _as_batches(

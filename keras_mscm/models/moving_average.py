@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models.denoiser import CONDITIONING_DTYPES
+from keras_mscm.models.sampling import CONDITIONING_DTYPES
 
 
 def clone_network(

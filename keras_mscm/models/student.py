@@ -9,6 +9,7 @@ from keras import ops
 from keras_mscm import checks, samplers
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models.denoiser import Conditioning
+from keras_mscm.models.sampling import Request
 from keras_mscm.models.teacher import TaughtModel
 
 
@@ -155,28 +156,32 @@ class StudentModel(TaughtModel):
             ValueError: If `num_steps` is not `student_steps`, or an argument
                 is out of its range, or they disagree.
         """
+        return self._draw(
+            self._request(
+                num_images=num_images,
+                num_steps=num_steps,
+                labels=labels,
+                context=context,
+                context_mask=context_mask,
+                noise=noise,
+                seed=seed,
+                batch_size=batch_size,
+            )
+        )
+
+    def _request(self, *, num_steps: Any, **arguments: Any) -> Request:
         trained = self.trained_steps()
-        if num_steps is None:
-            num_steps = trained
-        checks.check_positive_integer("num_steps", num_steps)
+        num_steps = checks.check_positive_integer(
+            "num_steps", trained if num_steps is None else num_steps
+        )
         if num_steps != trained:
             raise ValueError(
                 "`num_steps` must be the number that the student was trained "
                 f"for, student_steps={trained}. Received: "
                 f"num_steps={num_steps}"
             )
-        return self._generate(
-            samplers.DDIM(),
-            num_steps,
-            num_images=num_images,
-            conditioning={
-                "labels": labels,
-                "context": context,
-                "context_mask": context_mask,
-            },
-            noise=noise,
-            seed=seed,
-            batch_size=batch_size,
+        return super()._request(
+            num_steps=num_steps, sampler=samplers.DDIM(), **arguments
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class TaughtModel(DenoisingModel):
                     f"Received: {theirs}"
                 )
         if self.guidance_scale != 1:
-            teacher._check_guidable("guidance_scale", self.guidance_scale)
+            teacher.check_guidable("guidance_scale", self.guidance_scale)
         self.teacher.hold(clone_network(teacher.ema_network, "teacher_network"))
         self.train_function = self.test_function = None
 

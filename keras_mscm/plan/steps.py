@@ -9,9 +9,9 @@ import keras
 
 from keras_mscm import preset_files, samplers
 from keras_mscm.distribution import UnevenModelParallel, fully_sharded
-from keras_mscm.models.denoiser import CONDITIONING_DTYPES
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
+from keras_mscm.models.sampling import CONDITIONING_DTYPES
 from keras_mscm.plan import compiler
 from keras_mscm.plan.chips import Slice
 

@@ -188,7 +188,7 @@ def test_a_loaded_model_goes_on(
         ({"teacher_steps": 6}, "`teacher_steps` must be student_steps=2 times"),
         ({"teacher_steps": 2}, "`teacher_steps`.*Received: teacher_steps=2"),
         ({"teacher_steps": 8.0}, "`teacher_steps` must be an integer"),
-        ({"iterations_per_stage": 0}, "`iterations_per_stage` must be at lea"),
+        ({"iterations_per_stage": 0}, "`iterations_per_stage` must be an int"),
         ({"guidance_scale": 2.0}, "`guidance_scale` must be 1"),
         ({"integrator": samplers.DDPM()}, "`integrator` must be deterministic"),
     ],
