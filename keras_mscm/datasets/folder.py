@@ -1,17 +1,36 @@
 """Images in a folder, read when their batch is due."""
 
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_mscm.checks import check_positive_integer
-from keras_mscm.datasets.image_batches import ImageBatches
+from keras_mscm.checks import (
+    check_boolean,
+    check_integer,
+    check_path,
+    check_positive_integer,
+    check_sequence,
+    check_string,
+    invalid,
+)
+from keras_mscm.datasets.image_batches import ImageBatches, check_options
 from keras_mscm.datasets.resizing import center_square, pillow
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
+
+# What systems put beside a user's files, besides names that begin with a dot:
+# macOS' archives, Synology's thumbnails, the bins of Windows and Linux.
+SYSTEM_NAMES = {
+    "$RECYCLE.BIN",
+    "@eaDir",
+    "System Volume Information",
+    "__MACOSX",
+    "lost+found",
+}
 
 
 def from_folder(
@@ -22,6 +41,7 @@ def from_folder(
     labels: bool = True,
     channels: int = 3,
     workers: int = 4,
+    class_names: list[str] | None = None,
     **kwargs: Any,
 ) -> ImageBatches:
     """Batches of the images in a folder; needs no TensorFlow.
@@ -34,17 +54,29 @@ def from_folder(
     2021): the shorter side is halved with a box filter as long as that leaves
     `image_size`, then resized with a bicubic one; the middle is cut out.
     Smaller images are enlarged. Before that a camera's rotation (EXIF) is
-    undone, and transparent parts become white.
+    undone, and transparent parts become white. Of an animation the first
+    picture is taken. Palettes, grey, black and white, and CMYK become RGB.
+
+    Names that begin with a dot are left out, wherever they are, as are those
+    that systems make (`SYSTEM_NAMES`, such as `__MACOSX`) and files of other
+    extensions; links are followed. Names and links are looked at here, and what
+    is wrong with them is said at once. A file is opened when its batch is due:
+    to open a million before would take minutes.
 
     Args:
         directory: Folder with a subfolder per class, in the order of their
             names; or, with `labels=False`, with images wherever in it.
-            BMP, GIF (its first picture), JPEG, PNG and WebP files.
+            BMP, GIF, JPEG, PNG and WebP files, in subfolders of any depth.
         image_size: Pixels of a side.
         batch_size: Images per batch.
         labels: Whether the subfolders are classes.
         channels: 3 (RGB) or 1 (grey).
         workers: Threads that read a batch.
+        class_names: The subfolders that are classes, in the order of their
+            labels; others are left out, and one of these may have no images.
+            None takes all of them, each of which must have images, because the
+            labels of two folders (for training and for tests) would else
+            differ.
         **kwargs: `shuffle`, `seed`, `flip`, `repeat`, `drop_remainder` and
             `shard`, as for `ImageBatches`.
 
@@ -54,8 +86,10 @@ def from_folder(
 
     Raises:
         ValueError: If the folder has no images, or no subfolders of images
-            where labels are asked for, or an argument is out of its range;
-            while training, if a file can't be read or has 16 bits per channel.
+            where labels are asked for, a link leads nowhere or in a circle, or
+            an argument is out of its range; while training, if a file can't be
+            read, is larger than Pillow allows or has more than 8 bits per
+            channel. Each names the file.
         ImportError: If Pillow isn't installed.
 
     Example:
@@ -65,30 +99,35 @@ def from_folder(
     >>> # dataset.class_names
     >>> # model.fit(dataset, epochs=10)
     """
-    for name, value in (("image_size", image_size), ("workers", workers)):
-        check_positive_integer(name, value)
-    if channels not in (1, 3):
-        raise ValueError(
-            "`channels` must be 1 (grey) or 3 (RGB). Received: "
-            f"channels={channels!r}"
-        )
+    check_options("from_folder", {"batch_size": batch_size, **kwargs})
+    directory = check_path("directory", directory)
+    image_size = check_positive_integer("image_size", image_size)
+    workers = check_positive_integer("workers", workers)
+    if check_integer("channels", channels, 1) not in (1, 3):
+        raise invalid("channels", "1 (grey) or 3 (RGB)", channels)
     pillow()  # if it is missing, say so now
-    directory = Path(directory)
-    paths = [p for p in directory.rglob("*") if p.suffix.lower() in EXTENSIONS]
-    paths = sorted(paths)
-    class_of = [path.relative_to(directory).parts[0] for path in paths]
-    class_names = sorted(set(class_of)) if labels else None
-    if not paths or (labels and any(p.parent == directory for p in paths)):
+    if check_boolean("labels", labels):
+        classes = _classes(directory, class_names)
+        class_names = list(classes)
+    elif class_names is not None:
+        raise invalid("class_names", "None with labels=False", class_names)
+    else:
+        classes = {"": _images_in(directory)}
+    found = sorted(
+        (path, number)
+        for number, paths in enumerate(classes.values())
+        for path in paths
+    )
+    if not found:
         raise ValueError(
             "`directory` must be a folder of images "
-            + ("in subfolders, one per class" if labels else "")
-            + f" ({', '.join(sorted(EXTENSIONS))}). Received: {directory} with "
-            f"{len(paths)} images"
-            + (", some outside of subfolders" if paths else "")
+            + ("in subfolders, one per class " if labels else "")
+            + f"({', '.join(sorted(EXTENSIONS))}). Received: "
+            f"{str(directory)!r} with 0 images"
         )
 
     def load(index):
-        return _load(paths[index], image_size, channels)
+        return _load(found[index][0], image_size, channels)
 
     def read(indices):
         with ThreadPoolExecutor(workers) as pool:
@@ -96,35 +135,139 @@ def from_folder(
 
     return ImageBatches(
         read,
-        len(paths),
-        # Numbers in the order of `class_names`.
-        np.unique(class_of, return_inverse=True)[1] if labels else None,
+        len(found),
+        [number for _, number in found] if labels else None,
         batch_size=batch_size,
         class_names=class_names,
         **kwargs,
     )
 
 
+def _classes(directory: Path, chosen: Any) -> dict[str, list[Path]]:
+    """The images of each class, in the order of labels."""
+    images, folders = _entries(directory)
+    names = sorted(folder.name for folder in folders)
+    if chosen is not None:
+        allowed = "a list of names of subfolders, each once, or None"
+        try:
+            names_chosen = [
+                check_string("class_names", name)
+                for name in check_sequence("class_names", chosen, allowed)
+            ]
+        except ValueError:
+            raise invalid("class_names", allowed, chosen) from None
+        missing = sorted(set(names_chosen) - set(names))
+        if missing or len(set(names_chosen)) < len(names_chosen):
+            raise ValueError(
+                f"`class_names` must be {allowed}. Received: {names_chosen}"
+                + (f"; there is no {missing[0]!r}" if missing else "")
+            )
+        names = names_chosen
+    if images:
+        raise ValueError(
+            "`directory` must be a folder of images in subfolders, one per "
+            f"class, or come with labels=False. Received: {str(directory)!r} "
+            f"with {len(images)} images outside of subfolders, the first "
+            f"{images[0].name!r}"
+        )
+    classes = {name: _images_in(directory / name, directory) for name in names}
+    empty = [name for name in names if not classes[name]]
+    if empty and chosen is None and len(empty) < len(names):
+        raise ValueError(
+            "`directory` must have images in every subfolder, since a class "
+            "without them would shift the labels of others. Received: "
+            f"{str(directory / empty[0])!r} with 0 images. Take it away, or "
+            "say which are classes: `class_names`"
+        )
+    return classes
+
+
+def _images_in(folder: Path, *above: Path) -> list[Path]:
+    """Images in a folder and below; raises for a circle of links."""
+    images, folders = _entries(folder)
+    if folder.is_symlink() and any(folder.samefile(path) for path in above):
+        raise ValueError(
+            "`directory` must not have links that lead back to a folder above "
+            f"them. Received: {str(folder)!r}, which leads to "
+            f"{os.path.realpath(folder)!r}"
+        )
+    for inner in folders:
+        images += _images_in(inner, *above, folder)
+    return images
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Images and folders in a folder, but for those that systems make."""
+    images, folders = [], []
+    try:
+        with os.scandir(folder) as scanned:
+            entries = sorted(scanned, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(
+            "`directory` must be a folder that can be read. Received: "
+            f"{str(folder)!r} ({error.strerror})"
+        ) from error
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name in SYSTEM_NAMES:
+            continue
+        path = folder / entry.name
+        image = path.suffix.lower() in EXTENSIONS
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself, or to where one may not look
+            is_folder = is_file = False
+        if is_folder:
+            folders.append(path)
+        elif is_file and image:
+            images.append(path)
+        elif not is_file and (image or entry.is_symlink()):
+            what = "a link that leads nowhere" if entry.is_symlink() else "none"
+            raise ValueError(
+                "`directory` must be of files, folders and links to them. "
+                f"Received: {str(path)!r}, {what}"
+            )
+    return images, folders
+
+
 def _load(path: Path, image_size: int, channels: int) -> np.ndarray:
+    Image = pillow()
+    try:
+        return center_square(_pixels(path, channels), image_size)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        reason = str(error) or type(error).__name__
+        bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
+        if isinstance(error, bombs):
+            reason += "; `PIL.Image.MAX_IMAGE_PIXELS` sets that limit"
+        raise ValueError(
+            "`directory` has an image that can't be read. Received: "
+            f"{str(path)!r} ({reason})"
+        ) from error
+
+
+def _pixels(path: Path, channels: int) -> np.ndarray:
     Image = pillow()
     from PIL import ImageOps
 
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError) as error:  # what Pillow raises
-        raise ValueError(
-            f"`directory` has an image that can't be read. Received: {path}"
-        ) from error
-    if picture.mode.startswith(("I", "F")):  # Pillow would clip it to 0..255
-        raise ValueError(
-            "`directory` must have images of 8 bits per channel. Received: "
-            f"{path} of Pillow's mode {picture.mode}"
-        )
-    picture = picture.convert("RGBA")
+    with Image.open(path) as file:
+        # Pillow clips I and F to 0..255, and of 16 bits per channel drops 8;
+        # how a file's bits lie it says in `tile`. BMP's 16 are per pixel.
+        wide = file.format != "BMP" and ";16" in str(getattr(file, "tile", ""))
+        if wide or file.mode.startswith(("I", "F")):
+            raise ValueError(
+                "it must be of 8 bits per channel, and Pillow's mode is "
+                f"{file.mode}, of {'16' if wide else 'more'}"
+            )
+        limit = Image.MAX_IMAGE_PIXELS or file.width * file.height
+        if file.width * file.height > limit:
+            # Because Pillow's own warning doesn't name the file.
+            warnings.warn(
+                f"{str(path)!r} has {file.width}x{file.height} pixels, more "
+                f"than the {limit} of `PIL.Image.MAX_IMAGE_PIXELS`",
+                Image.DecompressionBombWarning,
+                stacklevel=2,
+            )
+        picture = ImageOps.exif_transpose(file).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture)
     pixels = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
-    return center_square(
-        pixels.reshape(*pixels.shape[:2], channels), image_size
-    )
+    return pixels.reshape(*pixels.shape[:2], channels)

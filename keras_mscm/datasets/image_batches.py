@@ -8,7 +8,18 @@ import keras
 import numpy as np
 
 from keras_mscm import backend
-from keras_mscm.checks import check_positive_integer
+from keras_mscm.checks import (
+    SEED_END,
+    check_boolean,
+    check_function,
+    check_integer,
+    check_positive_integer,
+    check_seed,
+    check_sequence,
+    check_string,
+    describe,
+    invalid,
+)
 
 
 class ImageBatches(keras.utils.PyDataset):
@@ -24,19 +35,22 @@ class ImageBatches(keras.utils.PyDataset):
 
     Args:
         read: Function of an array of indices that returns these images, uint8
-            or floats in [-1, 1], `(batch, height, width, channels)`.
+            or floats in [-1, 1], `(batch, height, width, channels)`. Each batch
+            is checked when it is read, none before.
         num_images: Number of images.
-        labels: An integer per image, or None for batches of `images` alone.
+        labels: An integer from 0 per image, or None for batches of `images`
+            alone.
         batch_size: Images per batch.
         shuffle: Whether to draw a new order in each epoch.
-        seed: Seed of the order and the flips, from 0. None draws one from
+        seed: Seed of the order and the flips, 0..2**31 - 3. None draws one from
             Python's `random`, which `keras.utils.set_random_seed` seeds.
         flip: Whether to mirror each image, left to right, with probability 1/2.
         repeat: Whether to go on for ever; `fit` then needs `steps_per_epoch`.
             Every batch is full: it takes what is missing from the next epoch.
         drop_remainder: Whether to leave out a last, smaller batch. One that is
-            kept costs `fit` one more trace. Of no effect with `repeat`.
-        class_names: Names of the classes, for whoever asks; None if unknown.
+            kept costs `fit` one more trace. With `repeat` there is none.
+        class_names: Names of the classes, a list of strings, for whoever asks;
+            none of the labels may be beyond it. None if unknown.
         shard: Which part of each epoch to give, and of how many parts: `(index,
             count)`, index from 0. Parts are of one size; up to `count - 1`
             images of an epoch are in none. With the same seed, no two parts
@@ -48,10 +62,18 @@ class ImageBatches(keras.utils.PyDataset):
         epoch: Epoch of batch 0. Set it to go on where a training stopped.
         first_batch: Of an endless data set, the batch that a `fit` takes first
             (0). Set it to go on where a training stopped.
-        class_names: As given.
+        labels: All labels, int32, `(num_images,)`, in the order of the indices
+            and of every shard; or None. Known before a batch is read.
+        shard_size: Images per epoch.
+        num_batches: Batches per epoch; None if there is no end.
+        last_batch_size: Images in an epoch's last batch.
+        num_images, batch_size, shuffle, seed, flip, repeat, drop_remainder,
+            class_names, shard: As given, or as drawn where that was None.
 
     Raises:
-        ValueError: If an argument is out of its range, or there is no batch.
+        ValueError: If an argument is out of its range, or there is no batch;
+            on asking for a batch, if `read` returns something else.
+        IndexError: On asking for a batch that there isn't.
 
     Example:
 
@@ -93,11 +115,21 @@ class ImageBatches(keras.utils.PyDataset):
         # Keras' own workers are not offered: what they have read before `fit`
         # begins is handed out again in the first epoch.
         super().__init__()
-        check_positive_integer("num_images", num_images)
-        check_positive_integer("batch_size", batch_size)
-        check_seed(seed)
-        self.shard = as_shard(shard)
-        self.shard_size = num_images // self.shard[1]
+        self.read = check_function(
+            "read", read, "a function of an array of indices"
+        )
+        self.num_images = check_positive_integer("num_images", num_images)
+        self.batch_size = check_positive_integer("batch_size", batch_size)
+        self.shuffle = check_boolean("shuffle", shuffle)
+        seed = check_seed("seed", seed)
+        if seed is None:
+            seed = random.randrange(2**31) % SEED_END
+        self.seed = seed
+        self.flip = check_boolean("flip", flip)
+        self.repeat = check_boolean("repeat", repeat)
+        self.drop_remainder = check_boolean("drop_remainder", drop_remainder)
+        self.shard = as_shard("shard", shard)
+        self.shard_size = self.num_images // self.shard[1]
         if self.shard_size == 0:
             raise ValueError(
                 "`shard` must be of at most as many parts as there are images, "
@@ -109,15 +141,11 @@ class ImageBatches(keras.utils.PyDataset):
                 f"{self.shard_size}, with drop_remainder=True: there is no "
                 f"batch. Received: batch_size={batch_size}"
             )
-        self.read, self.num_images = read, num_images
         self.labels = None if labels is None else _as_labels(labels, num_images)
-        self.batch_size, self.shuffle = batch_size, shuffle
-        self.seed = random.randrange(2**31) if seed is None else seed
-        self.flip, self.repeat = flip, repeat
-        self.drop_remainder = drop_remainder
-        self.class_names = class_names
+        self.class_names = _as_class_names(class_names, self.labels)
         self.epoch = self.first_batch = 0
         self._last_order: tuple[int, np.ndarray] | None = None
+        self._image_shape: tuple[int, ...] | None = None  # that of batches read
 
     @property
     def num_batches(self) -> int | None:
@@ -127,12 +155,26 @@ class ImageBatches(keras.utils.PyDataset):
         whole, rest = divmod(self.shard_size, self.batch_size)
         return whole + bool(rest and not self.drop_remainder)
 
+    @property
+    def last_batch_size(self) -> int:
+        """Images in an epoch's last batch, at most `batch_size`."""
+        rest = self.shard_size % self.batch_size
+        whole = self.repeat or self.drop_remainder or not rest
+        return self.batch_size if whole else rest
+
     def on_epoch_end(self) -> None:
         """Goes on to the next epoch, if there is an end to this one."""
         self.epoch += not self.repeat
 
     def __getitem__(self, index: int) -> Any:
         """Batch `index`: `images` or `(images, labels)`."""
+        end = self.num_batches
+        if index < 0 or (end is not None and index >= end):
+            batches = "a batch" if end is None else f"one of {end} batches"
+            raise IndexError(
+                f"`index` must be that of {batches}, from 0. Received: "
+                f"index={index}"
+            )
         index += self.first_batch
         begin = index * self.batch_size
         end = begin + self.batch_size
@@ -145,7 +187,7 @@ class ImageBatches(keras.utils.PyDataset):
                 for epoch in np.unique(epochs)
             ]
         )
-        images = as_floats(self.read(chosen))
+        images = as_floats(self._checked(self.read(chosen), len(chosen)))
         if self.flip:
             # From 1: with a 0 at its end it would be the seed of the order.
             part, parts = self.shard
@@ -154,6 +196,28 @@ class ImageBatches(keras.utils.PyDataset):
             mirrored = rng.random((len(chosen), 1, 1, 1)) < 0.5
             images = np.where(mirrored, images[:, :, ::-1], images)
         return images if self.labels is None else (images, self.labels[chosen])
+
+    def _checked(self, images: Any, num: int) -> np.ndarray:
+        """What `read` returned, as an array; raises unless it is images."""
+        allowed = (
+            f"an array of {num} images for as many indices, (batch, height, "
+            "width, channels), uint8 or floats in [-1, 1]"
+        )
+        images = as_array("read", images, f"a function that returns {allowed}")
+        wrong = describe(images)
+        good = images.ndim == 4 and len(images) == num and 0 not in images.shape
+        good = good and (images.dtype == np.uint8 or is_float(images))
+        if good and is_float(images):
+            low, high = images.min(), images.max()
+            good = low >= -1 and high <= 1  # not so of NaN
+            wrong += f", from {low:g} to {high:g}"
+        if good and self._image_shape not in (None, images.shape[1:]):
+            allowed += f", of shape {self._image_shape} as those before"
+            good = False
+        if not good:
+            raise ValueError(f"`read` must return {allowed}. Received: {wrong}")
+        self._image_shape = images.shape[1:]
+        return images
 
     def _order(self, epoch: int) -> np.ndarray:
         part, parts = self.shard
@@ -175,39 +239,110 @@ def as_floats(images: np.ndarray) -> np.ndarray:
     return images.astype("float32")
 
 
-def check_seed(seed: Any) -> None:
-    """Raises unless `seed` is an integer from 0, or None."""
-    integer = isinstance(seed, (int, np.integer)) and seed >= 0
-    if seed is not None and not integer:
-        raise ValueError(
-            "`seed` must be an integer of at least 0, or None. Received: "
-            f"seed={seed!r}"
-        )
+def is_float(array: np.ndarray) -> bool:
+    """Whether an array is of one of the types of floats that are data."""
+    return array.dtype.name in ("float16", "bfloat16", "float32", "float64")
 
 
-def as_shard(shard: Any) -> tuple[int, int]:
+def as_array(name: str, value: Any, allowed: str) -> np.ndarray:
+    """A NumPy array of a value; raises for what can't be one."""
+    try:
+        return np.asarray(value)
+    except Exception as error:  # because each kind of array has its own
+        raise invalid(name, allowed, value) from error
+
+
+def as_shard(name: str, shard: Any) -> tuple[int, int]:
     """`shard`, by default this process' own; raises unless it is a part."""
     if shard is None:
         return backend.process()
-    integers = isinstance(shard, (list, tuple)) and all(
-        isinstance(number, (int, np.integer)) for number in shard
-    )
-    if not integers or len(shard) != 2 or not 0 <= shard[0] < shard[1]:
-        raise ValueError(
-            "`shard` must be (index, count), integers with 0 <= index < count, "
-            f"or None. Received: shard={shard!r}"
-        )
-    return tuple(shard)
+    allowed = "(index, count), integers with 0 <= index < count, or None"
+    if not isinstance(shard, (list, tuple)) or len(shard) != 2:
+        raise invalid(name, allowed, shard)
+    try:
+        count = check_positive_integer(name, shard[1])
+        return check_integer(name, shard[0], 0, count - 1), count
+    except ValueError:
+        raise invalid(name, allowed, shard) from None
+
+
+#: What loaders hand on to `ImageBatches`, and the checks of it.
+OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "batch_size": check_positive_integer,
+    "shuffle": check_boolean,
+    "seed": check_seed,
+    "flip": check_boolean,
+    "repeat": check_boolean,
+    "drop_remainder": check_boolean,
+    "shard": as_shard,
+}
+
+
+def check_options(function: str, options: dict[str, Any], *others: str) -> None:
+    """Checks what a loader hands on, before it reads or downloads anything.
+
+    Args:
+        function: The loader's name.
+        options: Its keyword arguments.
+        others: Names that are allowed besides `OPTIONS`.
+
+    Raises:
+        TypeError: If one has another name.
+        ValueError: If one is out of its range.
+    """
+    allowed = (*OPTIONS, *others)
+    for name in options:
+        if name not in allowed:
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}. "
+                f"Besides its own it takes {', '.join(sorted(allowed))}"
+            )
+    for name, value in options.items():
+        if name in OPTIONS:
+            OPTIONS[name](name, value)
 
 
 def _as_labels(labels: Any, num_images: int) -> np.ndarray:
-    labels = np.asarray(labels)
-    integers = np.issubdtype(labels.dtype, np.integer)
-    if labels.shape != (num_images,) or not integers or labels.min() < 0:
-        raise ValueError(
-            "`labels` must be an integer of at least 0 per image, of shape "
-            f"({num_images},). Received: shape {labels.shape}, dtype "
-            f"{labels.dtype}"
-            + (f", least {labels.min()}" if integers and labels.size else "")
-        )
+    allowed = f"an integer of at least 0 per image, of shape ({num_images},)"
+    labels = as_array("labels", labels, allowed)
+    received = describe(labels)
+    good = np.issubdtype(labels.dtype, np.integer)
+    good = good and labels.shape == (num_images,)
+    if good:
+        low, high = labels.min(), labels.max()
+        good = low >= 0 and high < 2**31
+        received += f", from {low} to {high}"
+        if not good:
+            bad = np.flatnonzero((labels < 0) | (labels >= 2**31))
+            received += f", the first of {len(bad)} bad ones at {bad[0]}"
+    if not good:
+        raise ValueError(f"`labels` must be {allowed}. Received: {received}")
     return labels.astype("int32")
+
+
+def _as_class_names(names: Any, labels: np.ndarray | None) -> list[str] | None:
+    if names is None:
+        return None
+    allowed = "a list of strings, the name of each class, or None"
+    if isinstance(names, np.ndarray):
+        names = names.tolist()
+    try:
+        names = [
+            check_string("class_names", name)
+            for name in check_sequence("class_names", names, allowed)
+        ]
+    except ValueError:
+        raise invalid("class_names", allowed, names) from None
+    if labels is None:
+        raise ValueError(
+            "`class_names` must be None where there are no labels. Received: "
+            f"class_names={describe(names)}"
+        )
+    bad = np.flatnonzero(labels >= len(names))
+    if len(bad):
+        raise ValueError(
+            f"`labels` must be in 0..{len(names) - 1}, as there are "
+            f"{len(names)} `class_names`. Received: labels from {labels.min()} "
+            f"to {labels.max()}, the first of {len(bad)} bad ones at {bad[0]}"
+        )
+    return names

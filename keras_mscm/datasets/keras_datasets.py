@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
-from keras_mscm.checks import check_choice
+from keras_mscm.checks import check_choice, check_positive_integer
 from keras_mscm.datasets.arrays import from_arrays
-from keras_mscm.datasets.image_batches import ImageBatches
+from keras_mscm.datasets.image_batches import ImageBatches, check_options
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
@@ -31,13 +31,14 @@ def from_keras(
         split: `"train"` or `"test"`.
         batch_size: Images per batch.
         **kwargs: `image_size`, `shuffle`, `seed`, `flip`, `repeat`,
-            `drop_remainder` and `shard`, as for `from_arrays`.
+            `drop_remainder`, `class_names` and `shard`, as for `from_arrays`.
 
     Returns:
         A `PyDataset` of float32 images in [-1, 1], and int32 labels.
 
     Raises:
-        ValueError: If an argument is not one of those allowed.
+        ValueError: If an argument is not one of those allowed; nothing has been
+            downloaded then.
 
     Example:
 
@@ -46,6 +47,14 @@ def from_keras(
     """
     check_choice("name", name, NAMES)
     check_choice("split", split, ("train", "test"))
+    check_options(
+        "from_keras",
+        {"batch_size": batch_size, **kwargs},
+        "class_names",
+        "image_size",
+    )
+    if kwargs.get("image_size") is not None:
+        check_positive_integer("image_size", kwargs["image_size"])
     if name == "fashion_mnist":
         for path in sorted(FASHION_MNIST.glob("*.gz")):
             # Copies what isn't in the cache yet.

@@ -4,18 +4,36 @@ TensorFlow reads the files here, on whatever backend Keras trains.
 """
 
 import contextlib
+import inspect
+import os
 from typing import Any
 
 import keras
 
-from keras_mscm.checks import check_positive_integer
-from keras_mscm.datasets.image_batches import as_shard, check_seed
+from keras_mscm.checks import (
+    check_boolean,
+    check_path,
+    check_positive_integer,
+    check_seed,
+    check_string,
+    invalid,
+)
+from keras_mscm.datasets.image_batches import as_shard
 from keras_mscm.datasets.resizing import center_square, pillow
+
+# What is set here, and by which argument.
+OURS = {
+    "as_supervised": "image_key",
+    "batch_size": "batch_size",
+    "shuffle_files": "shuffle",
+    "split": "split",
+    "with_info": "image_key",
+}
 
 
 def from_tfds(
-    name: str,
-    split: str = "train",
+    name: Any,
+    split: Any = "train",
     *,
     batch_size: int,
     image_size: int | None = None,
@@ -26,7 +44,7 @@ def from_tfds(
     flip: bool = False,
     repeat: bool = False,
     drop_remainder: bool = False,
-    cache: bool | str = False,
+    cache: bool | str | os.PathLike = False,
     image_key: str = "image",
     label_key: str = "label",
     shard: tuple[int, int] | None = None,
@@ -40,37 +58,44 @@ def from_tfds(
 
     Args:
         name: Its name, such as `"cifar10"`, `"imagenet_resized/64x64"` or
-            `"imagenet2012"`.
-        split: Its part, such as `"train"`, `"test"` or `"train[:90%]"`.
+            `"imagenet2012"`; or a builder that is prepared, such as
+            `tfds.builder_from_directory` gives, or a
+            `tfds.folder_dataset.ImageFolder`.
+        split: Its part, such as `"train"`, `"test"` or `"train[:90%]"`; or a
+            `tfds.core.ReadInstruction`.
         batch_size: Images per batch.
         image_size: Pixels of a side. None leaves the images as they are; they
             must then be of one size.
         labels: Whether to give labels.
         shuffle: Whether to shuffle files and images, anew in each epoch.
         shuffle_buffer: Images to draw the next one from. Images 64 wide take
-            12 KB each.
-        seed: Seed of the order and the flips, from 0. None draws new ones.
+            12 KB each. All there is of an `ImageFolder`'s order.
+        seed: Seed of the order and the flips, 0..2**31 - 3. None draws new
+            ones.
         flip: Whether to mirror each image, left to right, with probability 1/2.
         repeat: Whether to go on for ever; `fit` then needs `steps_per_epoch`.
         drop_remainder: Whether to leave out a last, smaller batch. One that is
             kept costs `fit` one more trace.
         cache: Whether to keep the resized images in memory; or a file to keep
-            them in.
+            them in, another one for each data set, split and `image_size`.
         image_key: The feature that is the image: uint8, 1 or 3 channels.
         label_key: The feature that is the label.
         shard: Which part of the split to give, and of how many parts: `(index,
             count)`, index from 0. Parts are of one size, and no two share an
             image; a part's files are all that is read. None gives each of JAX's
             processes a part of its own, all of it where there is one process.
-        **kwargs: As for `tfds.load`: `data_dir`, `download`, `decoders`, ...
+        **kwargs: As for `tfds.load`: `data_dir`, `download`, `decoders`,
+            `read_config`, ...; of these a builder takes the last two.
 
     Returns:
         A `tf.data.Dataset` of float32 images in [-1, 1], and int32 labels
         unless `labels=False`.
 
     Raises:
-        ValueError: If the data set has no such features, an argument is out of
-            its range, or Keras would share out a part once more.
+        ValueError: If the data set has no such features, isn't prepared, or
+            can't be read in parts; if an argument is out of its range, or Keras
+            would share out a part once more.
+        TypeError: If `tfds.load` has no such keyword.
         ImportError: If TensorFlow Datasets, TensorFlow or Pillow isn't
             installed.
 
@@ -81,31 +106,25 @@ def from_tfds(
     >>> # )
     >>> # model.fit(dataset, epochs=100, steps_per_epoch=1000)
     """
-    check_positive_integer("batch_size", batch_size)
-    check_positive_integer("shuffle_buffer", shuffle_buffer)
-    check_seed(seed)
-    if not {"as_supervised", "with_info"}.isdisjoint(kwargs):
-        raise ValueError(
-            "`as_supervised` and `with_info` must not be given: `image_key` "
-            "and `label_key` name what is read. Received: "
-            f"{', '.join(sorted(kwargs))}"
-        )
+    batch_size = check_positive_integer("batch_size", batch_size)
+    shuffle_buffer = check_positive_integer("shuffle_buffer", shuffle_buffer)
+    seed = check_seed("seed", seed)
+    labels = check_boolean("labels", labels)
+    shuffle = check_boolean("shuffle", shuffle)
+    flip, repeat = check_boolean("flip", flip), check_boolean("repeat", repeat)
+    drop_remainder = check_boolean("drop_remainder", drop_remainder)
+    image_key = check_string("image_key", image_key)
+    label_key = check_string("label_key", label_key)
+    if not isinstance(cache, bool):
+        cache = os.fspath(check_path("cache", cache))
     if image_size is not None:
-        check_positive_integer("image_size", image_size)
+        image_size = check_positive_integer("image_size", image_size)
         pillow()  # if it is missing, say so now
-    index, count = as_shard(shard)
-    if count > 1:
-        _check_not_shared_out((index, count))
+    shard = as_shard("shard", shard)
+    if shard[1] > 1:
+        _check_not_shared_out(shard)
     tf, tfds = _tensorflow()
-    if count > 1:
-        split = tfds.even_splits(split, n=count, drop_remainder=True)[index]
-    dataset = tfds.load(
-        name,
-        split=split,
-        shuffle_files=shuffle,
-        read_config=tfds.ReadConfig(shuffle_seed=seed),
-        **kwargs,
-    )
+    dataset = _dataset(tfds, name, split, shard, shuffle, seed, kwargs)
     keys = [image_key, label_key] if labels else [image_key]
     shape = _image_shape(dataset.element_spec, keys, image_size)
 
@@ -122,6 +141,9 @@ def from_tfds(
         label = [tf.cast(features[key], "int32") for key in keys[1:]]
         return (image, *label)
 
+    def in_shape(image, *label):
+        return (tf.ensure_shape(image, shape), *label)
+
     def mirror(batch, number):
         image, *label = batch
         image = tf.cond(number % 2 == 0, lambda: image[:, ::-1], lambda: image)
@@ -134,6 +156,8 @@ def from_tfds(
     dataset = dataset.map(example, tf.data.AUTOTUNE)
     if cache:
         dataset = dataset.cache(cache if isinstance(cache, str) else "")
+        # Because a file may hold images of another size.
+        dataset = dataset.map(in_shape)
     if shuffle:
         dataset = dataset.shuffle(shuffle_buffer, seed)
     if repeat:
@@ -145,12 +169,103 @@ def from_tfds(
         dataset = tf.data.Dataset.zip(dataset, numbers)
         dataset = dataset.map(mirror, tf.data.AUTOTUNE)
     dataset = dataset.batch(batch_size, drop_remainder)
-    if count > 1:  # TensorFlow's workers are not to take a part of the part
+    if shard[1] > 1:  # TensorFlow's workers are not to take a part of the part
         options = tf.data.Options()
         off = tf.data.experimental.AutoShardPolicy.OFF
         options.experimental_distribute.auto_shard_policy = off
         dataset = dataset.with_options(options)
     return dataset.map(in_range, tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+
+def _dataset(
+    tfds: Any,
+    name: Any,
+    split: Any,
+    shard: tuple[int, int],
+    shuffle: bool,
+    seed: int | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """TFDS' own `tf.data.Dataset` of a name or builder, one part of it."""
+    builder = isinstance(name, tfds.core.DatasetBuilder)
+    if not builder and not (isinstance(name, str) and name):
+        raise invalid("name", "the name of a data set, or a builder", name)
+    if not isinstance(split, tfds.core.splits.AbstractSplit) and not (
+        isinstance(split, str) and split
+    ):
+        raise invalid("split", "a string such as 'train[:90%]'", split)
+    kwargs, read_config = _reading(tfds, builder, kwargs)
+    if seed is not None:
+        if read_config.shuffle_seed not in (None, seed):
+            raise ValueError(
+                "`seed` must be None where `read_config` has a shuffle_seed. "
+                f"Received: seed={seed}, shuffle_seed="
+                f"{read_config.shuffle_seed}"
+            )
+        read_config = read_config.replace(shuffle_seed=seed)
+    files = tfds.core.dataset_builder.FileReaderBuilder
+    if builder and not isinstance(name, files):
+        # Because these mix files by a seed that one can't set, and only once
+        # where they keep them in memory.
+        shuffle = False
+        if shard[1] > 1:
+            raise ValueError(
+                "`shard` must be (0, 1) for a builder that can't read a part "
+                "of a split, or use `from_folder`. Received: shard="
+                f"{shard}, name={type(name).__name__}"
+            )
+    if shard[1] > 1:
+        parts = tfds.even_splits(split, n=shard[1], drop_remainder=True)
+        split = parts[shard[0]]
+    options = {
+        "split": split,
+        "shuffle_files": shuffle,
+        "read_config": read_config,
+        **kwargs,
+    }
+    try:
+        if builder:
+            return name.as_dataset(**options)
+        return tfds.load(name, **options)
+    except AssertionError as error:  # TFDS' word for it
+        raise ValueError(
+            "`name` must be of a data set that is prepared: call its builder's "
+            "`download_and_prepare()`, or give a name and download=True. "
+            f"Received: name={str(name)!r}. TFDS: {error}"
+        ) from error
+
+
+def _reading(
+    tfds: Any, builder: bool, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Any]:
+    """Keyword arguments for TFDS, and apart from them the `read_config`."""
+    known = inspect.signature(tfds.load).parameters
+    for key in kwargs:
+        if key not in known:
+            raise TypeError(
+                f"from_tfds() got an unexpected keyword argument {key!r}, "
+                "which `tfds.load` doesn't have either"
+            )
+    inner = kwargs.get("as_dataset_kwargs") or {}
+    kwargs = {k: v for k, v in kwargs.items() if k != "as_dataset_kwargs"}
+    if not isinstance(inner, dict):
+        raise invalid("as_dataset_kwargs", "a dictionary", inner)
+    kwargs = {**kwargs, **inner}
+    for key, value in kwargs.items():
+        if key in OURS:
+            raise ValueError(
+                f"`{key}` must not be given: `{OURS[key]}` says what is read. "
+                f"Received: {key}={value!r}"
+            )
+        if builder and key not in ("decoders", "read_config"):
+            raise ValueError(
+                f"`{key}` must not be given with a builder, which has its own. "
+                f"Received: {key}={value!r}"
+            )
+    read_config = kwargs.pop("read_config", None) or tfds.ReadConfig()
+    if not isinstance(read_config, tfds.ReadConfig):
+        raise invalid("read_config", "a `tfds.ReadConfig`", read_config)
+    return kwargs, read_config
 
 
 def _check_not_shared_out(shard: tuple[int, int]) -> None:
@@ -192,19 +307,20 @@ def _image_shape(
             f"Received: {keys}; it has {list(spec)}"
         )
     image = spec[keys[0]]
-    good = image.dtype.name == "uint8" and len(image.shape) == 3
+    # Not each has a type and a shape: a feature may be made of others.
+    rank = getattr(getattr(image, "shape", None), "rank", None)
+    good = rank == 3 and image.dtype.name == "uint8"
     if not good or image.shape[2] not in (1, 3):
         raise ValueError(
             "`image_key` must be a feature of uint8 images, (height, width, 1 "
-            f"or 3). Received: {keys[0]!r}, {image.dtype.name} of shape "
-            f"{tuple(image.shape)}"
+            f"or 3). Received: {keys[0]!r}, {image}"
         )
     for key in keys[1:]:
-        if not spec[key].dtype.is_integer or len(spec[key].shape) != 0:
+        rank = getattr(getattr(spec[key], "shape", None), "rank", None)
+        if rank != 0 or not spec[key].dtype.is_integer:
             raise ValueError(
                 "`label_key` must be a feature of one integer. Received: "
-                f"{key!r}, {spec[key].dtype.name} of shape "
-                f"{tuple(spec[key].shape)}"
+                f"{key!r}, {spec[key]}"
             )
     if image_size is not None:
         return (image_size, image_size, image.shape[2])

@@ -14,14 +14,9 @@ from keras_mscm.datasets import ImageBatches
 def make(num=10, batch_size=4, seed=0, **kwargs):
     """Batches whose labels are the images' indices."""
     images = np.linspace(-1, 1, num, dtype="float32").reshape(num, 1, 1, 1)
-    return ImageBatches(
-        images.__getitem__,
-        num,
-        np.arange(num),
-        batch_size=batch_size,
-        seed=seed,
-        **kwargs,
-    )
+    given = {"read": images.__getitem__, "num_images": num, **kwargs}
+    given = {"labels": np.arange(num), **given}
+    return ImageBatches(batch_size=batch_size, seed=seed, **given)
 
 
 def order(dataset):
@@ -76,6 +71,30 @@ def test_drop_remainder():
     dataset = make(drop_remainder=True)
     assert dataset.num_batches == 2
     assert [len(labels) for _, labels in dataset] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"drop_remainder": True},
+        {"repeat": True},
+        {"batch_size": 5},
+        {"batch_size": 11},
+        {"shard": (1, 2)},
+        {"shard": (0, 3), "batch_size": 2},
+    ],
+)
+def test_tells_the_size_of_the_last_batch(kwargs):
+    dataset = make(**kwargs)
+    last = (dataset.num_batches or 7) - 1
+    assert len(dataset[last][1]) == dataset.last_batch_size
+
+
+@pytest.mark.parametrize(("index", "repeat"), [(-1, True), (-1, False), (3, 0)])
+def test_there_is_no_such_batch(index, repeat):
+    with pytest.raises(IndexError, match=f"`index` must be .* index={index}"):
+        make(repeat=bool(repeat))[index]
 
 
 @pytest.mark.parametrize("batch_size", [4, 25])
@@ -192,11 +211,32 @@ def test_fit_of_an_endless_one(train):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num": 0}, "`num_images` must be at least 1. Received: num_images=0"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"num": 0}, "`num_images` must be an integer of at least 1.*=0"),
+        ({"num_images": 10.0}, "`num_images` must be an integer"),
+        ({"num_images": True}, "`num_images` must be an integer"),
+        ({"read": None}, "`read` must be a function of an array of indices"),
+        ({"read": np.zeros((10, 1, 1, 1))}, "`read` must be a function"),
+        ({"read": "images"}, "Received: read='images'"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
         ({"batch_size": 2.0}, "`batch_size` must be an integer"),
-        ({"seed": -1}, "`seed` must be an integer of at least 0, or None"),
+        ({"batch_size": True}, "`batch_size` must be an integer"),
+        (
+            {"seed": -1},
+            r"`seed` must be an integer in 0\.\.2\*\*31 - 3, or None",
+        ),
+        ({"seed": 2**31}, r"`seed` must be an integer in 0\.\.2\*\*31 - 3"),
+        ({"seed": 0.5}, "Received: seed=0.5"),
+        ({"seed": True}, "Received: seed=True"),
         ({"seed": "a"}, "Received: seed='a'"),
+        ({"shuffle": "no"}, "`shuffle` must be True or False.*'no'"),
+        ({"flip": 1}, "`flip` must be True or False"),
+        ({"repeat": "False"}, "`repeat` must be True or False"),
+        ({"drop_remainder": None}, "`drop_remainder` must be True or False"),
+        ({"class_names": "abcdefghij"}, "`class_names` must be a list of"),
+        ({"class_names": [*range(10)]}, "`class_names` must be a list of"),
+        ({"class_names": [""] * 10}, "`class_names` must be a list of"),
+        ({"class_names": [*"abc"]}, "0..2, as there are 3.*first of 7 .* at 3"),
+        ({"labels": None, "class_names": ["a"]}, "`class_names` must be None"),
         (
             {"batch_size": 11, "drop_remainder": True},
             "`batch_size` must be at most the number of images, 10",
@@ -209,6 +249,10 @@ def test_fit_of_an_endless_one(train):
         ({"shard": (0.0, 2)}, "`shard` must be .index, count., integers"),
         ({"shard": (0, 11)}, "`shard` must be of at most as many parts as"),
         ({"shard": 2}, "Received: shard=2"),
+        ({"shard": (True, 2)}, r"Received: shard=\(True, 2\)"),
+        ({"shard": (0, True)}, r"Received: shard=\(0, True\)"),
+        ({"shard": (0, 1, 2)}, r"Received: shard=\(0, 1, 2\)"),
+        ({"shard": "01"}, "Received: shard='01'"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -217,11 +261,74 @@ def test_bad_arguments(kwargs, message):
 
 
 @pytest.mark.parametrize(
-    "labels", [np.arange(9), np.arange(10.0), -np.arange(10), np.eye(10, 10)]
+    ("labels", "received"),
+    [
+        (np.arange(9), r"shape \(9,\)"),
+        (np.arange(10.0), "dtype float64"),
+        (-np.arange(10), "from -9 to 0, the first of 9 bad ones at 1"),
+        (np.full(10, 2**31), "from 2147483648 to .* bad ones at 0"),
+        (np.eye(10, dtype=int), r"shape \(10, 10\)"),
+        (np.zeros((10, 1), int), r"shape \(10, 1\)"),
+        (np.zeros(10, bool), "dtype bool"),
+        (3, r"shape \(\)"),
+        ([*"abcdefghij"], "dtype <U1"),
+        ([[1], [1, 2]], r"\[\[1\], \[1, 2\]\]"),
+        ([None] * 10, "dtype object"),
+    ],
 )
-def test_bad_labels(labels):
-    with pytest.raises(ValueError, match="`labels` must be an integer of"):
-        ImageBatches(lambda i: i, 10, labels, batch_size=2)
+def test_bad_labels(labels, received):
+    message = f"`labels` must be an integer of at least 0 per .*{received}"
+    with pytest.raises(ValueError, match=message):
+        make(labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("images", "received"),
+    [
+        (None, "dtype object"),
+        ([np.zeros((1, 1, 1)), np.zeros((2, 1, 1))], "a function that returns"),
+        (np.zeros((3, 1, 1, 1)), r"shape \(3, 1, 1, 1\)"),
+        (np.zeros((4, 1, 1)), r"shape \(4, 1, 1\)"),
+        (np.zeros((4, 0, 1, 1)), r"shape \(4, 0, 1, 1\)"),
+        (np.zeros((4, 1, 1, 1), int), "dtype int64"),
+        (np.zeros((4, 1, 1, 1), bool), "dtype bool"),
+        (np.full((4, 1, 1, 1), 255.0), "from 255 to 255"),
+        (np.full((4, 1, 1, 1), -1.1), "from -1.1 to -1.1"),
+        (np.full((4, 1, 1, 1), np.nan), "from nan to nan"),
+        (np.full((4, 1, 1, 1), -np.inf), "from -inf to -inf"),
+    ],
+)
+def test_what_is_read_must_be_images(images, received):
+    dataset = make(read=lambda chosen: images)
+    with pytest.raises(ValueError, match=f"`read` must .*{received}"):
+        dataset[0]
+
+
+def test_what_is_read_must_be_of_one_shape():
+    sizes = iter([1, 1, 2])
+    dataset = make(
+        read=lambda chosen: np.zeros((len(chosen), next(sizes), 1, 1)),
+        repeat=True,
+    )
+    dataset[0], dataset[1]
+    with pytest.raises(ValueError, match=r"of shape \(1, 1, 1\) as .*before"):
+        dataset[2]
+
+
+def test_numbers_of_numpy_are_numbers():
+    dataset = make(
+        batch_size=np.int64(4),
+        num_images=np.int32(10),
+        seed=np.uint8(0),
+        flip=np.False_,
+        shard=[np.int64(0), np.int64(1)],
+        class_names=np.array([*"abcdefghij"]),
+    )
+    kept = (dataset.batch_size, dataset.num_images, dataset.seed, dataset.flip)
+    assert [type(value) for value in kept] == [int, int, int, bool]
+    assert dataset.shard == (0, 1)
+    assert dataset.class_names == [*"abcdefghij"]
+    assert order(dataset) == order(make())
 
 
 def test_importing_the_loaders_imports_nothing_optional():

@@ -87,12 +87,29 @@ def test_labels_in_a_column(monkeypatch, pictures, train):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("kwargs", "message"),
     [
-        (("cifar",), "`name` must be one of .* Received: name='cifar'"),
-        (("mnist", "val"), "`split` must be one of .* Received: split='val'"),
+        ({"name": "cifar"}, "`name` must be one of .* name='cifar'"),
+        ({"name": ["mnist"]}, "`name` must be one of"),
+        ({"split": "val"}, "`split` must be one of .* split='val'"),
+        ({"split": True}, "`split` must be one of"),
+        ({"batch_size": 2.5}, "`batch_size` must be an integer"),
+        ({"image_size": 0}, "`image_size` must be an integer of at least 1"),
+        ({"shuffle": "no"}, "`shuffle` must be True or False"),
+        ({"seed": 0.5}, "`seed` must be an integer in 0"),
+        ({"shard": (True, 2)}, "`shard` must be .index, count."),
     ],
 )
-def test_bad_arguments(args, message):
+def test_bad_arguments_are_named_before_a_download(
+    monkeypatch, kwargs, message
+):
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", None)
     with pytest.raises(ValueError, match=message):
-        from_keras(*args, batch_size=2)
+        from_keras(**{"name": "mnist", "batch_size": 2, **kwargs})
+
+
+@pytest.mark.parametrize("keyword", ["labels", "nonnegative", "shufle"])
+def test_an_unknown_keyword(monkeypatch, keyword):
+    monkeypatch.setattr(keras.datasets.mnist, "load_data", None)
+    with pytest.raises(TypeError, match=rf"from_keras\(\) got .*'{keyword}'"):
+        from_keras("mnist", batch_size=2, **{keyword: True})

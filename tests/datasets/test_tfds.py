@@ -30,6 +30,7 @@ class MscmTestPictures(tfds.core.GeneratorBasedBuilder):
                     "thumbnail": tfds.features.Image(shape=(8, 8, 1)),
                     "label": tfds.features.ClassLabel(num_classes=NUM),
                     "name": tfds.features.Text(),
+                    "more": {"width": np.int64},
                 }
             )
         )
@@ -47,6 +48,7 @@ class MscmTestPictures(tfds.core.GeneratorBasedBuilder):
                     "thumbnail": self.source / f"thumbnail{number}.png",
                     "label": number,
                     "name": path.name,
+                    "more": {"width": number},
                 },
             )
 
@@ -78,6 +80,11 @@ def load(prepared):
         return from_tfds("mscm_test_pictures", *args, **kwargs)
 
     return load
+
+
+@pytest.fixture
+def builder(prepared):
+    return MscmTestPictures(data_dir=prepared[0])
 
 
 def thumbnails_of(load, **kwargs):
@@ -188,20 +195,187 @@ def test_a_model_trains(load, train, labels):
     ("kwargs", "message"),
     [
         ({}, "`image_size` must be given: the images are of different sizes"),
-        ({"image_size": -1}, "`image_size` must be at least 1"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"shuffle_buffer": 0}, "`shuffle_buffer` must be at least 1"),
-        ({"seed": 1.5}, "`seed` must be an integer"),
+        ({"image_size": -1}, "`image_size` must be an integer of at least 1"),
+        ({"image_size": 8.0}, "`image_size` must be an integer"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+        ({"shuffle_buffer": 0}, "`shuffle_buffer` must be an integer"),
+        ({"seed": 0.5}, "`seed` must be an integer in 0"),
+        ({"seed": 2**31}, "`seed` must be an integer in 0"),
+        ({"labels": "no"}, "`labels` must be True or False"),
+        ({"shuffle": "no"}, "`shuffle` must be True or False"),
+        ({"flip": "no"}, "`flip` must be True or False"),
+        ({"repeat": 1}, "`repeat` must be True or False"),
+        ({"drop_remainder": "no"}, "`drop_remainder` must be True or False"),
+        ({"cache": None}, "`cache` must be a path"),
+        ({"cache": ""}, "`cache` must be a path"),
+        ({"image_key": None}, "`image_key` must be a string"),
         ({"image_key": "picture"}, "must be features of the data set"),
         ({"image_key": "label"}, "`image_key` must be a feature of uint8"),
+        ({"image_key": "more"}, "`image_key` must be a feature of uint8"),
         ({"image_size": 8, "label_key": "name"}, "`label_key` must be a"),
+        ({"image_size": 8, "label_key": "more"}, "`label_key` must be a"),
+        ({"image_size": 8, "label_key": 5}, "`label_key` must be a string"),
         ({"image_size": 8, "shard": (1, 1)}, "`shard` must be .index, count."),
-        ({"as_supervised": True}, "`as_supervised` and `with_info` must not"),
+        ({"image_size": 8, "shard": (True, 2)}, "`shard` must be .index, c"),
+        ({"split": None}, "`split` must be a string such as"),
+        ({"split": ["train"]}, "`split` must be a string such as"),
+        ({"split": "trian"}, "trian"),
+        ({"read_config": "fast"}, "`read_config` must be a `tfds.ReadConfig`"),
+        ({"as_dataset_kwargs": 5}, "`as_dataset_kwargs` must be a dictionary"),
+        (
+            {"seed": 1, "read_config": tfds.ReadConfig(shuffle_seed=2)},
+            "`seed` must be None where `read_config` .*seed=1, shuffle_seed=2",
+        ),
     ],
 )
 def test_bad_arguments(load, kwargs, message):
     with pytest.raises(ValueError, match=message):
         load(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"as_supervised": True},
+        {"with_info": True},
+        {"shuffle_files": True},
+        {"as_dataset_kwargs": {"as_supervised": True}},
+        {"as_dataset_kwargs": {"split": "test"}},
+        {"as_dataset_kwargs": {"batch_size": 2}},
+    ],
+)
+def test_names_alone_what_is_not_to_be_given(load, kwargs):
+    (offender,) = {**kwargs, **kwargs.get("as_dataset_kwargs", {})}.keys() - {
+        "as_dataset_kwargs"
+    }
+    message = f"^`{offender}` must not be given: .*Received: {offender}=\\S+$"
+    with pytest.raises(ValueError, match=message):
+        load(image_size=8, try_gcs=False, **kwargs)
+
+
+def test_an_unknown_keyword(load, builder):
+    for name in ("mscm_test_pictures", builder):
+        with pytest.raises(TypeError, match="argument 'imagesize', which"):
+            from_tfds(name, batch_size=4, imagesize=8)
+
+
+@pytest.mark.parametrize("name", [None, 5, "", b"cifar10", ["cifar10"]])
+def test_names_what_is_neither_name_nor_builder(name):
+    with pytest.raises(ValueError, match="`name` must be the name of a data"):
+        from_tfds(name, batch_size=2)
+
+
+def test_a_class_is_no_builder():
+    with pytest.raises(ValueError, match="`name` must be the name of a data"):
+        from_tfds(MscmTestPictures, batch_size=2)
+
+
+def test_a_builder_gives_what_its_name_gives(load, builder):
+    def given(**kwargs):
+        return from_tfds(builder, **{"batch_size": 4, **kwargs})
+
+    for kwargs in ({"seed": 3, "flip": True}, {"shard": (1, 2), "seed": 3}):
+        expected = thumbnails_of(load, **kwargs)
+        for part, other in zip(thumbnails_of(given, **kwargs), expected):
+            np.testing.assert_array_equal(part, other)
+
+
+def test_read_config_and_decoders_are_handed_on(load, builder):
+    config = tfds.ReadConfig(add_tfds_id=True, shuffle_seed=1)
+    for kwargs in (
+        {"read_config": config},
+        {"as_dataset_kwargs": {"read_config": config}},
+    ):
+        _, ids = next(
+            iter(load(image_size=8, label_key="label", seed=1, **kwargs))
+        )
+        assert len(ids) == 4
+        with pytest.raises(ValueError, match="tfds_id"):
+            load(image_size=8, label_key="tfds_id", **kwargs)
+    skip = {"thumbnail": tfds.decode.SkipDecoding()}
+    for name in ("mscm_test_pictures", builder):
+        kwargs = {} if name is builder else {"data_dir": builder.data_dir_root}
+        with pytest.raises(ValueError, match=r"`image_key` must be .*string"):
+            from_tfds(
+                name,
+                batch_size=4,
+                image_key="thumbnail",
+                decoders=skip,
+                **kwargs,
+            )
+
+
+@pytest.mark.parametrize("kwargs", [{"data_dir": "/"}, {"download": False}])
+def test_a_builder_has_what_a_name_needs(builder, kwargs):
+    (key,) = kwargs
+    message = f"^`{key}` must not be given with a builder.*{key}="
+    with pytest.raises(ValueError, match=message):
+        from_tfds(builder, batch_size=4, **kwargs)
+
+
+def test_a_data_set_that_is_not_prepared(tmp_path):
+    message = "`name` must be of a data set that is prepared.*download"
+    with pytest.raises(ValueError, match=message):
+        from_tfds(MscmTestPictures(data_dir=tmp_path), batch_size=4)
+    with pytest.raises(ValueError, match=message):
+        from_tfds(
+            "mscm_test_pictures",
+            batch_size=4,
+            data_dir=tmp_path,
+            download=False,
+        )
+
+
+@pytest.fixture
+def image_folder(tmp_path, prepared):
+    """Three cats and two dogs, for `tfds.folder_dataset.ImageFolder`."""
+    for i, name in enumerate(["cat/0", "cat/1", "cat/2", "dog/3", "dog/4"]):
+        path = tmp_path / f"train/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(prepared[1][i]).save(path)
+    return tfds.folder_dataset.ImageFolder(str(tmp_path))
+
+
+def test_a_folder_of_tfds(image_folder, prepared, train):
+    def pass_of(dataset):
+        images, labels = zip(*((x.numpy(), y.numpy()) for x, y in dataset))
+        return np.concatenate(images), np.concatenate(labels)
+
+    common = {"batch_size": 2, "image_size": 8}
+    images, labels = pass_of(from_tfds(image_folder, shuffle=False, **common))
+    assert sorted(labels) == [0, 0, 0, 1, 1]
+    expected = np.stack([center_square(x, 8) for x in prepared[1][:5]])
+    found = np.round((images + 1) * 127.5)
+    places = [
+        int(np.argmin(np.abs(expected - image).max((1, 2, 3))))
+        for image in found
+    ]
+    assert sorted(places) == list(range(5))
+    np.testing.assert_array_equal(found, expected[places])
+    np.testing.assert_array_equal(labels, np.array(places) > 2)
+    # Its order is that of the seed, though TFDS mixes it without one.
+    first, second = (
+        from_tfds(image_folder, seed=5, **common) for _ in range(2)
+    )
+    passes = [pass_of(first)[0] for _ in range(4)]
+    for images in passes:
+        np.testing.assert_array_equal(images, pass_of(second)[0])
+    assert any(np.any(images != passes[0]) for images in passes)
+    endless = from_tfds(image_folder, repeat=True, **common)
+    train(endless, (8, 8, 3), 2)
+
+
+def test_a_folder_of_tfds_is_not_read_in_parts(image_folder):
+    with pytest.raises(ValueError, match=r"`shard` must be .*`from_folder`"):
+        from_tfds(image_folder, batch_size=2, image_size=8, shard=(0, 2))
+
+
+def test_a_file_of_another_size_is_not_taken_for_a_cache(load, tmp_path):
+    path = tmp_path / "cache"
+    assert len([*load(image_size=8, cache=path)]) == 3
+    assert [*tmp_path.iterdir()]
+    with pytest.raises(Exception, match="shape"):
+        next(iter(load(image_size=16, cache=str(path))))
 
 
 def test_says_what_to_install(monkeypatch):
