@@ -3,11 +3,19 @@
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_mscm.checks import check_positive_integer
+from keras_mscm.checks import (
+    check_boolean,
+    check_integer,
+    check_path,
+    check_positive_integer,
+    check_sequence,
+    check_string,
+    invalid,
+)
 from keras_mscm.datasets.resizing import center_square, pillow
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -53,7 +61,8 @@ def emoji(
     Args:
         image_size: Pixels of a side; the font's bitmaps have 136.
         sequences: Whether to draw sequences of code points as well.
-        background: What is behind them, as Pillow names or counts colours.
+        background: What is behind them: a colour's name as Pillow knows it,
+            such as `"white"` or `"#80c0ff"`, or red, green and blue, 0..255.
         font: File of a bitmap font like NotoColorEmoji.ttf.
         emoji_test: Unicode's file emoji-test.txt.
 
@@ -61,7 +70,8 @@ def emoji(
         Images, labels, captions, characters and class names, in memory.
 
     Raises:
-        ValueError: If `image_size` is out of its range.
+        ValueError: If an argument is out of its range, a file is of another
+            kind, or the font has none of the emoji.
         FileNotFoundError: If a file is missing; says how to install it.
         ImportError: If Pillow is missing, or its text layout, Raqm.
 
@@ -71,15 +81,19 @@ def emoji(
     >>> # dataset = from_arrays(pictures.images, pictures.labels, batch_size=64)
     >>> # model.fit(dataset, epochs=10)
     """
-    check_positive_integer("image_size", image_size)
+    image_size = check_positive_integer("image_size", image_size)
+    sequences = check_boolean("sequences", sequences)
+    font = check_path("font", font)
+    emoji_test = check_path("emoji_test", emoji_test)
     Image = pillow()
     from PIL import ImageDraw, ImageFont, features
 
+    colour = _colour(background)
     for name, path, package in (
         ("font", font, "fonts-noto-color-emoji"),
         ("emoji_test", emoji_test, "unicode-data"),
     ):
-        if not Path(path).is_file():
+        if not path.is_file():
             raise FileNotFoundError(
                 f"`{name}` must be a file. Received: {path}. On Debian: "
                 f"apt-get install {package}"
@@ -89,10 +103,16 @@ def emoji(
             "Emoji need Pillow with Raqm, as in the wheels of PyPI: "
             "pip install --force-reinstall pillow"
         )
-    drawn = ImageFont.truetype(os.fspath(font), BITMAP_SIZE)
+    entries = _read_emoji_test(emoji_test)
+    try:
+        drawn = ImageFont.truetype(os.fspath(font), BITMAP_SIZE)
+    except OSError as error:
+        raise ValueError(
+            "`font` must be a bitmap font like NotoColorEmoji.ttf. Received: "
+            f"{str(font)!r} ({error})"
+        ) from error
     cell = drawn.getbbox("\N{GRINNING FACE}")
     width, height = cell[2], cell[3]
-    entries = _read_emoji_test(Path(emoji_test))
     class_names = list(dict.fromkeys(group for _, group, _ in entries))
     images, kept = [], []
     for entry in entries:
@@ -101,12 +121,17 @@ def emoji(
         # A missing one has no height; a sequence that doesn't join is wide.
         if not (single or sequences) or drawn.getbbox(text) != cell:
             continue
-        picture = Image.new("RGB", (width, width), background)
+        picture = Image.new("RGB", (width, width), colour)
         ImageDraw.Draw(picture).text(
             (0, (width - height) // 2), text, font=drawn, embedded_color=True
         )
         images.append(center_square(np.asarray(picture), image_size))
         kept.append(entry)
+    if not kept:
+        raise ValueError(
+            "`font` must have pictures of the emoji that `emoji_test` lists. "
+            f"Received: {str(font)!r} with none of {len(entries)}"
+        )
     characters, groups, captions = zip(*kept)
     return EmojiImages(
         np.stack(images),
@@ -117,10 +142,37 @@ def emoji(
     )
 
 
+def _colour(background: Any) -> tuple[int, ...]:
+    """Red, green and blue; raises unless `background` is a colour."""
+    from PIL import ImageColor
+
+    try:
+        if isinstance(background, str):
+            colour = ImageColor.getrgb(check_string("background", background))
+        else:
+            colour = check_sequence("background", background, "a colour")
+        # A fourth number would be how transparent it is, for which is no use.
+        if len(colour) == 3:
+            return tuple(
+                check_integer("background", number, 0, 255) for number in colour
+            )
+    except ValueError:  # as Pillow says of names
+        pass
+    allowed = "the name of a colour, or (red, green, blue), integers 0..255"
+    raise invalid("background", allowed, background)
+
+
 def _read_emoji_test(path: Path) -> list[tuple[str, str, str]]:
     """(characters, group, name) of each emoji in full, in Unicode's order."""
     group, entries = "", []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            "`emoji_test` must be Unicode's file emoji-test.txt. Received: "
+            f"{str(path)!r} ({error})"
+        ) from error
+    for line in lines:
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ")
         # 263A FE0F    ; fully-qualified     # <emoji> E0.6 smiling face
@@ -131,4 +183,9 @@ def _read_emoji_test(path: Path) -> list[tuple[str, str, str]]:
             codes = found[1].split()
             text = "".join(chr(int(code, 16)) for code in codes)
             entries.append((text, group, found[2]))
+    if not entries:
+        raise ValueError(
+            "`emoji_test` must be Unicode's file emoji-test.txt. Received: "
+            f"{str(path)!r} without any emoji"
+        )
     return entries

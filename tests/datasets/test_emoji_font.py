@@ -92,6 +92,42 @@ def test_says_what_to_install(listed):
         emoji(font=listed, emoji_test="nowhere.txt")
 
 
-def test_bad_size():
-    with pytest.raises(ValueError, match="`image_size` must be at least 1"):
-        emoji(0)
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"image_size": 0}, "`image_size` must be an integer of at least 1"),
+        ({"sequences": "no"}, "`sequences` must be True or False"),
+        ({"background": "whitish"}, "`background` must be .*'whitish'"),
+        ({"background": "#ffffff80"}, "`background` must be"),
+        ({"background": ""}, "`background` must be"),
+        ({"background": (300, 0, 0)}, "`background` must be .*300"),
+        ({"background": (0.5, 0, 0)}, "`background` must be"),
+        ({"background": (0, 0)}, "`background` must be"),
+        ({"background": 5}, "`background` must be"),
+        ({"font": None}, "`font` must be a path"),
+        ({"emoji_test": b"list"}, "`emoji_test` must be a path"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        emoji(**kwargs)
+
+
+def test_a_file_that_is_no_font(listed):
+    with pytest.raises(ValueError, match=r"`font` must be .*emoji-test.txt'"):
+        emoji(font=listed, emoji_test=listed)
+
+
+@pytest.mark.parametrize("content", [b"", b"# group: A\n", b"\xff\xfe"])
+def test_a_file_that_lists_no_emoji(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"`emoji_test` must be .*list.txt'"):
+        emoji(font=tmp_path / "list.txt", emoji_test=tmp_path / "list.txt")
+
+
+@needs_font
+def test_a_font_without_the_emoji(tmp_path):
+    line = "10FFFD ; fully-qualified # \U0010fffd E99 of tomorrow"
+    (tmp_path / "list.txt").write_text(line, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"`font` must have .* none of 1"):
+        emoji(emoji_test=tmp_path / "list.txt")
