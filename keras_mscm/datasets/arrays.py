@@ -7,7 +7,6 @@ import numpy as np
 from keras_mscm.checks import (
     check_boolean,
     check_images,
-    check_positive_integer,
     check_signed,
     describe,
 )
@@ -17,7 +16,7 @@ from keras_mscm.datasets.image_batches import (
     check_options,
     is_float,
 )
-from keras_mscm.datasets.resizing import center_square
+from keras_mscm.datasets.resizing import center_square, check_image_size
 
 
 def from_arrays(
@@ -70,7 +69,7 @@ def from_arrays(
     )
     images = _as_images(images, check_boolean("nonnegative", nonnegative))
     if image_size is not None:
-        image_size = check_positive_integer("image_size", image_size)
+        image_size = check_image_size("image_size", image_size)
         if images.dtype != np.uint8 or images.shape[3] not in (1, 3):
             raise ValueError(
                 "`image_size` must be None but for uint8 images of 1 or 3 "

@@ -11,12 +11,11 @@ from keras_mscm.checks import (
     check_boolean,
     check_integer,
     check_path,
-    check_positive_integer,
     check_sequence,
     check_string,
     invalid,
 )
-from keras_mscm.datasets.resizing import center_square, pillow
+from keras_mscm.datasets.resizing import center_square, check_image_size, pillow
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
@@ -81,7 +80,7 @@ def emoji(
     >>> # dataset = from_arrays(pictures.images, pictures.labels, batch_size=64)
     >>> # model.fit(dataset, epochs=10)
     """
-    image_size = check_positive_integer("image_size", image_size)
+    image_size = check_image_size("image_size", image_size)
     sequences = check_boolean("sequences", sequences)
     font = check_path("font", font)
     emoji_test = check_path("emoji_test", emoji_test)

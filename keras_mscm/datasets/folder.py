@@ -18,7 +18,7 @@ from keras_mscm.checks import (
     invalid,
 )
 from keras_mscm.datasets.image_batches import ImageBatches, check_options
-from keras_mscm.datasets.resizing import center_square, pillow
+from keras_mscm.datasets.resizing import center_square, check_image_size, pillow
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
 
@@ -101,7 +101,7 @@ def from_folder(
     """
     check_options("from_folder", {"batch_size": batch_size, **kwargs})
     directory = check_path("directory", directory)
-    image_size = check_positive_integer("image_size", image_size)
+    image_size = check_image_size("image_size", image_size)
     workers = check_positive_integer("workers", workers)
     if check_integer("channels", channels, 1) not in (1, 3):
         raise invalid("channels", "1 (grey) or 3 (RGB)", channels)
@@ -234,7 +234,7 @@ def _load(path: Path, image_size: int, channels: int) -> np.ndarray:
     try:
         return center_square(_pixels(path, channels), image_size)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        reason = str(error) or type(error).__name__
+        reason = str(error).rstrip(".") or type(error).__name__
         bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
         if isinstance(error, bombs):
             reason += "; `PIL.Image.MAX_IMAGE_PIXELS` sets that limit"

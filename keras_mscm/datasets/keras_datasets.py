@@ -5,9 +5,10 @@ from typing import Any
 
 import keras
 
-from keras_mscm.checks import check_choice, check_positive_integer
+from keras_mscm.checks import check_choice
 from keras_mscm.datasets.arrays import from_arrays
 from keras_mscm.datasets.image_batches import ImageBatches, check_options
+from keras_mscm.datasets.resizing import check_image_size
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
@@ -54,7 +55,7 @@ def from_keras(
         "image_size",
     )
     if kwargs.get("image_size") is not None:
-        check_positive_integer("image_size", kwargs["image_size"])
+        check_image_size("image_size", kwargs["image_size"])
     if name == "fashion_mnist":
         for path in sorted(FASHION_MNIST.glob("*.gz")):
             # Copies what isn't in the cache yet.

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_mscm.checks import check_positive_integer
+
 
 def pillow() -> Any:
     """Pillow's module `PIL.Image`, imported when it is first needed.
@@ -19,6 +21,11 @@ def pillow() -> Any:
             'pip install "keras-mscm[images]"'
         ) from error
     return Image
+
+
+def check_image_size(name: str, size: Any) -> int:
+    """Raises unless `size` is a number of pixels, 1..65,535 as in a JPEG."""
+    return check_positive_integer(name, size, 2**16 - 1)
 
 
 def center_square(image: np.ndarray, size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from keras_mscm.checks import (
     invalid,
 )
 from keras_mscm.datasets.image_batches import as_shard
-from keras_mscm.datasets.resizing import center_square, pillow
+from keras_mscm.datasets.resizing import center_square, check_image_size, pillow
 
 # What is set here, and by which argument.
 OURS = {
@@ -118,7 +118,7 @@ def from_tfds(
     if not isinstance(cache, bool):
         cache = os.fspath(check_path("cache", cache))
     if image_size is not None:
-        image_size = check_positive_integer("image_size", image_size)
+        image_size = check_image_size("image_size", image_size)
         pillow()  # if it is missing, say so now
     shard = as_shard("shard", shard)
     if shard[1] > 1:
@@ -246,7 +246,8 @@ def _reading(
                 f"from_tfds() got an unexpected keyword argument {key!r}, "
                 "which `tfds.load` doesn't have either"
             )
-    inner = kwargs.get("as_dataset_kwargs") or {}
+    inner = kwargs.get("as_dataset_kwargs")
+    inner = {} if inner is None else inner
     kwargs = {k: v for k, v in kwargs.items() if k != "as_dataset_kwargs"}
     if not isinstance(inner, dict):
         raise invalid("as_dataset_kwargs", "a dictionary", inner)
@@ -262,7 +263,9 @@ def _reading(
                 f"`{key}` must not be given with a builder, which has its own. "
                 f"Received: {key}={value!r}"
             )
-    read_config = kwargs.pop("read_config", None) or tfds.ReadConfig()
+    read_config = kwargs.pop("read_config", None)
+    if read_config is None:
+        read_config = tfds.ReadConfig()
     if not isinstance(read_config, tfds.ReadConfig):
         raise invalid("read_config", "a `tfds.ReadConfig`", read_config)
     return kwargs, read_config

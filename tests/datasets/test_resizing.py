@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from keras_mscm.datasets.resizing import center_square
+from keras_mscm.datasets.resizing import center_square, check_image_size
 
 
 def halved(image):
@@ -53,6 +53,15 @@ def test_fine_stripes_become_grey():
     image[:, ::2] = 255
     found = center_square(image, 16)[2:-2, 2:-2]
     assert np.abs(found - 127.5).max() < 40
+
+
+@pytest.mark.parametrize("size", [0, 2**16, 8.0, True, "8", None])
+def test_what_is_no_size_of_an_image(size):
+    with pytest.raises(
+        ValueError, match=r"`image_size` must be .* at most 65535"
+    ):
+        check_image_size("image_size", size)
+    assert check_image_size("image_size", np.int64(2**16 - 1)) == 2**16 - 1
 
 
 def test_says_how_to_install_pillow(pictures, monkeypatch):
