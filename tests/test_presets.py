@@ -55,7 +55,7 @@ def make_student(network, **kwargs):
     """A student whose moving average is not its network."""
     schedule = CosineSchedule(logsnr_max=9.0)
     student = MultistepConsistencyModel(
-        network, schedule, student_steps=3, method="training", **kwargs
+        network, schedule, student_steps=3, **kwargs
     )
     for weight in student.network.weights:
         weight.assign(weight + 1)

@@ -7,18 +7,27 @@ of the models. `python -m keras_mscm.presets` lists them, `--json` as data.
 
 from typing import Any
 
-from keras_mscm import preset_files
+from keras_mscm import checks, preset_files
 
 
 def _facts(name: str) -> dict[str, Any]:
-    network = preset_files.read(name, preset_files.CONFIG)["config"]
-    model = preset_files.read(name, preset_files.TASK)["registered_name"]
+    network = preset_files.read_config(name)["config"]
+    model = preset_files.read(name, preset_files.TASK).get("registered_name")
     return {
-        "image_shape": tuple(network["image_shape"]),
-        "model": model and model.split(">")[-1],
+        "image_shape": _image_shape(name, network.get("image_shape")),
+        "model": str(model).split(">")[-1] if model else None,
         "weights": preset_files.has_weights(name),
         **preset_files.read(name, preset_files.METADATA),
     }
+
+
+def _image_shape(name: str, shape: Any) -> tuple[int, ...]:
+    try:
+        axes = "height", "width", "channels"
+        return checks.check_shape("image_shape", shape, axes)
+    except ValueError as error:
+        path = preset_files.find(name) / preset_files.CONFIG
+        raise ValueError(f"{path}: {error}") from error
 
 
 #: By name: shape of the images, the model's class (None where a network goes
@@ -34,6 +43,9 @@ def summary() -> list[dict[str, Any]]:
     Returns:
         For each preset its `"name"`, what `PRESETS` says, the `"parameters"`
         and the `"flops"` of one forward pass for one image.
+
+    Raises:
+        ValueError: If a file of the package is damaged; it is named.
 
     Example:
 

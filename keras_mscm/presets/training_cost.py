@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mscm import preset_files
+from keras_mscm import checks, preset_files
 from keras_mscm.models.diffusion import DiffusionModel
 
 
@@ -45,7 +45,12 @@ def training_step(
 
     Returns:
         The median in milliseconds, and what it was measured on.
+
+    Raises:
+        ValueError: If a number is not positive, or there is no such preset.
     """
+    checks.check_positive_integer("batch_size", batch_size)
+    checks.check_positive_integer("num_steps", num_steps)
     model = preset_files.load_model(DiffusionModel, preset, load_weights=False)
     model.compile(optimizer=keras.optimizers.Adam(1e-4))
     num = (num_steps + 3) * batch_size  # the first steps compile
@@ -110,10 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     step = training_step(**args)
     print(json.dumps(step, indent=2))
     if write:
-        file = preset_files.METADATA
-        facts = preset_files.read(args["preset"], file)
-        text = json.dumps({**facts, "training_step": step}, indent=2) + "\n"
-        (preset_files.find(args["preset"]) / file).write_text(text, "utf-8")
+        facts = preset_files.read(args["preset"], preset_files.METADATA)
+        facts["training_step"] = step
+        preset_files.write_metadata(args["preset"], facts)
 
 
 if __name__ == "__main__":
