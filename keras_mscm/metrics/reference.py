@@ -2,16 +2,22 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from keras_mscm import checks
 from keras_mscm.metrics.extractors import FeatureExtractor, as_images
 from keras_mscm.metrics.moments import Moments
+
+ARRAYS = "mean", "covariance", "features"
 
 
 class Reference:
@@ -109,24 +115,27 @@ class Reference:
         """Writes the statistics and features to an .npz file.
 
         Args:
-            path: Where to; what was there is replaced at once, or not at all.
+            path: Where to; a file that `save` wrote is replaced at once, or
+                not at all, and nothing else is.
+
+        Raises:
+            ValueError: If something else is there. It is left as it is.
         """
-        path = Path(path)
+        path = _check_target(path)
         arrays: dict[str, Any] = {
             "mean": self.mean,
             "covariance": self.covariance,
         }
         if self.features is not None:
             arrays["features"] = self.features
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                about = np.array(json.dumps(self.description))
-                np.savez(file, about=about, **arrays)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}."
+        ) as folder:
+            new = Path(folder, "new.npz")
+            about = np.array(json.dumps(self.description))
+            np.savez(new, about=about, **arrays)
+            os.replace(new, path)
 
     @classmethod
     def load(
@@ -142,25 +151,101 @@ class Reference:
             The reference.
 
         Raises:
-            ValueError: If it was made with another extractor.
+            ValueError: If it was made with another extractor, or the file is
+                none that `save` wrote. Nothing in it is run.
         """
+        path = checks.check_path("path", path)
         reference = cls.__new__(cls)
         reference.extractor = _as_extractor(extractor)
-        with np.load(path) as file:
-            about = json.loads(str(file["about"]))
-            reference.name = about["reference"]
-            reference.hash = about["reference_hash"]
-            reference.num_images = about["num_reference"]
-            reference.mean = file["mean"]
-            reference.covariance = file["covariance"]
-            reference.features = file.get("features")
+        about, arrays = _read(path)
+        reference.name = about["reference"]
+        reference.hash = about["reference_hash"]
+        reference.num_images = about["num_reference"]
+        reference.mean = arrays["mean"]
+        reference.covariance = arrays["covariance"]
+        reference.features = arrays.get("features")
         if reference.description != about:
-            made = {key: about[key] for key in reference.extractor.description}
+            made = {k: about.get(k) for k in reference.extractor.description}
             raise ValueError(
                 "`extractor` must be the one that the reference was made "
                 f"with, {made}. Received: {reference.extractor.description}"
             )
         return reference
+
+
+def _read(
+    path: Path, names: Sequence[str] = ARRAYS
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and arrays in a file, or why it is none of ours."""
+    try:
+        _check_archive(path)
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            arrays = {name: file[name] for name in names if name in file}
+        _check_contents(about, arrays, names)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            "`path` must be a file that `Reference.save` wrote. Received: "
+            f"{path}: {error}"
+        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, MemoryError) as error:
+        raise ValueError(
+            "`path` must be a whole file that `Reference.save` wrote. "
+            f"Received: {path}: {error}"
+        ) from error
+    return about, arrays
+
+
+def _check_archive(path: Path) -> None:
+    """Raises if an array isn't stored as it is, before memory is taken."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                if version != (1, 0):
+                    raise ValueError(f"{info.filename} is of another format")
+                header = np.lib.format.read_array_header_1_0(member)
+                shape, _, dtype = header
+            if math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(
+                    f"{info.filename} of shape {shape} is more than is stored"
+                )
+
+
+def _check_contents(
+    about: Any, arrays: dict[str, np.ndarray], names: Sequence[str]
+) -> None:
+    keys = {"reference", "reference_hash", "num_reference"}
+    if not isinstance(about, dict) or not keys <= {*about}:
+        raise ValueError("its description is not a reference's")
+    if not names:
+        return
+    width, num = arrays["mean"].size, about["num_reference"]
+    shapes = {
+        "mean": (width,),
+        "covariance": (width, width),
+        "features": (num, width),
+    }
+    for name, array in arrays.items():
+        if array.shape != shapes[name] or array.dtype.kind != "f":
+            raise ValueError(
+                f"its {name} must be floats of shape {shapes[name]}, and is "
+                f"{checks.describe(array)}"
+            )
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"its {name} is not finite")
+
+
+def _check_target(path: Any) -> Path:
+    """Where to save; a link leads to it and stays one."""
+    path = Path(os.path.realpath(checks.check_path("path", path)))
+    if path.is_file():
+        _read(path, ())  # it says what it is
+    elif path.exists():
+        raise ValueError(f"`path` must be a file, or new. Received: {path}")
+    return path
 
 
 def _as_extractor(extractor: Callable[[Any], Any]) -> FeatureExtractor:
