@@ -214,8 +214,35 @@ def check_images(name: str, images: Any, image_shape: Sequence[int]) -> None:
         images: An array or tensor, `(batch, *image_shape)`.
         image_shape: Height, width and channels.
     """
-    shape = _shape_of(name, images, "an array of images")
-    expected = tuple(image_shape)
+    check_image_shape(name, images, image_shape)
+    dtype = keras.backend.standardize_dtype(images.dtype)
+    low, high = _range_of(images)
+    if math.isnan(low) or math.isnan(high):
+        images = ops.convert_to_numpy(images)
+        raise ValueError(
+            f"`{name}` must be finite. Received: {int(np.isnan(images).sum())} "
+            f"NaN of {images.size}"
+        )
+    if "float" not in dtype or low < -1 or high > 1:
+        hint = ""
+        if high > 1 and low >= 0:
+            hint = " Integers 0..255 become that by `images / 127.5 - 1`."
+        raise ValueError(
+            f"`{name}` must be floats in [-1, 1].{hint} Received: dtype "
+            f"{dtype} from {low:g} to {high:g}"
+        )
+
+
+def check_image_shape(
+    name: str, images: Any, image_shape: Sequence[int]
+) -> None:
+    """Raises unless `images` has the shape of a batch of images.
+
+    Arguments as in `check_images`.
+    """
+    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+        raise invalid(name, "an array of images", images)
+    shape, expected = tuple(images.shape), tuple(image_shape)
     if shape[1:] != expected:
         hint = ""
         if len(shape) == 4 and shape[1:] == (expected[-1], *expected[:-1]):
@@ -227,22 +254,6 @@ def check_images(name: str, images: Any, image_shape: Sequence[int]) -> None:
         )
     if 0 in shape:
         raise ValueError(f"`{name}` has no images. Received: shape {shape}")
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    low, high = _range_of(images)
-    if math.isnan(low) or math.isnan(high):
-        bad = int(np.isnan(ops.convert_to_numpy(images)).sum())
-        raise ValueError(
-            f"`{name}` must be finite. Received: {bad} NaN of "
-            f"{math.prod(shape)}"
-        )
-    if "float" not in dtype or low < -1 or high > 1:
-        hint = ""
-        if high > 1 and low >= 0:
-            hint = " Integers 0..255 become that by `images / 127.5 - 1`."
-        raise ValueError(
-            f"`{name}` must be floats in [-1, 1].{hint} Received: dtype "
-            f"{dtype} from {low:g} to {high:g}"
-        )
 
 
 def lies_in_0_1(images: Any) -> bool:
@@ -303,12 +314,6 @@ def check_labels(name: str, labels: Any, num_classes: int | None) -> None:
             f"{int(labels.max())}, the first of {len(bad)} bad ones at "
             f"{bad[0]}"
         )
-
-
-def _shape_of(name: str, array: Any, what: str) -> tuple[int, ...]:
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise invalid(name, what, array)
-    return tuple(array.shape)
 
 
 def _range_of(images: Any) -> tuple[float, float]:

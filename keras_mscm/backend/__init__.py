@@ -13,6 +13,7 @@ from keras_mscm.backend.devices import (
     divided,
     draw,
     has_several_workers,
+    integer,
     lies_on,
     process,
     replica,
@@ -41,6 +42,11 @@ from keras_mscm.backend.steps import (
     values_kept,
     waits_for,
 )
+from keras_mscm.backend.streams import (
+    is_tf_dataset,
+    lies_on_host,
+    watched_tf_dataset,
+)
 
 __all__ = [
     "NAME",
@@ -51,8 +57,11 @@ __all__ = [
     "fused",
     "has_several_workers",
     "host_random_states",
+    "integer",
+    "is_tf_dataset",
     "laid_out",
     "lies_on",
+    "lies_on_host",
     "move_towards",
     "normalized_attention",
     "portable",
@@ -68,4 +77,5 @@ __all__ = [
     "unpooled",
     "values_kept",
     "waits_for",
+    "watched_tf_dataset",
 ]

@@ -75,7 +75,7 @@ def values_kept(model: keras.Model) -> Iterator[None]:
     """Runs Keras' `fit`, `evaluate` or `predict` without losing weights.
 
     On JAX these take the values out of the variables before the first step,
-    and don't put them back if that step fails (to compile, say).
+    and don't put them back if a step fails, or the data do.
 
     Args:
         model: Model whose variables they are.
@@ -88,6 +88,9 @@ def values_kept(model: keras.Model) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if NAME == "jax":
+            # After the last step, which Keras does itself in `fit` alone.
+            model.jax_state_sync()
         for variable, value in before:
             if variable._value is None and not value.is_deleted():
                 variable.assign(value)

@@ -14,10 +14,27 @@ from keras_mscm.functional.process import Tensor
 from keras_mscm.models import data_checks, moving_average
 from keras_mscm.models.denoiser import Conditioning, Denoiser
 from keras_mscm.models.fitted import FittedModel
-from keras_mscm.models.sampling import CONDITIONING_DTYPES
+from keras_mscm.models.sampling import CONDITIONING_DTYPES, check_schedule
+from keras_mscm.preset_files import untrusted
 from keras_mscm.schedules import CosineSchedule, NoiseSchedule
 
 Example = tuple[dict[str, Tensor], Tensor, Tensor]
+
+
+def _agreed(name: str, value: Any, network: keras.Layer) -> Any:
+    """What the network says, or the argument where it doesn't."""
+    own = getattr(network, name, None)
+    if own is None or value is None:
+        return own if value is None else value
+    agree = value == own
+    if name == "image_shape" and isinstance(value, (list, tuple)):
+        agree = tuple(value) == tuple(own)
+    if not (isinstance(agree, bool) and agree) or isinstance(value, bool):
+        raise ValueError(
+            f"`{name}` must be what the network says, {own}. Received: "
+            f"{name}={checks.describe(value)}"
+        )
+    return own
 
 
 class DenoisingModel(Denoiser, FittedModel):
@@ -53,7 +70,8 @@ class DenoisingModel(Denoiser, FittedModel):
             `(1 + i) / (10 + i)` holds where it is smaller.
         ema_half_life: The moving average's half-life in images, instead of
             `ema_decay`: independent of the batch size.
-        seed: Seed of times and noise. None draws one.
+        seed: Seed of times and noise, an integer in 0..2**31 - 3. None draws
+            one, from what `keras.utils.set_random_seed` seeds.
         **kwargs: As for any Keras model.
 
     Call arguments:
@@ -88,44 +106,55 @@ class DenoisingModel(Denoiser, FittedModel):
         seed: int | None = None,
         **kwargs: Any,
     ):
+        if not isinstance(network, keras.Layer):
+            raise checks.invalid("network", "a Keras layer or model", network)
+        schedule = CosineSchedule() if schedule is None else schedule
+        check_schedule(schedule)
         checks.check_choice(
             "prediction_type", prediction_type, process.PREDICTION_TYPES
         )
         below_1 = math.nextafter(1, 0)
-        checks.check_number("ema_decay", ema_decay, 0, "in [0, 1)", below_1)
-        checks.check_number(
+        ema_decay = checks.check_number(
+            "ema_decay", ema_decay, 0, "in [0, 1)", below_1
+        )
+        label_dropout = checks.check_number(
             "label_dropout", label_dropout, 0, "in [0, 1)", below_1
         )
         if ema_half_life is not None:
-            above_0 = math.nextafter(0, 1)
-            checks.check_number(
-                "ema_half_life", ema_half_life, above_0, "positive"
+            ema_half_life = checks.check_positive_number(
+                "ema_half_life", ema_half_life
             )
-        if weighting is not None and not callable(weighting):
-            raise ValueError(
-                "`weighting` must be a function of log-SNR, as those of "
-                f"`keras_mscm.losses`. Received: weighting={weighting!r}"
+        if weighting is not None:
+            checks.check_function(
+                "weighting",
+                weighting,
+                "a function of log-SNR, as those of `keras_mscm.losses`",
             )
-        image_shape = image_shape or getattr(network, "image_shape", None)
-        if image_shape is None or len(image_shape) != 3:
-            raise ValueError(
-                "`image_shape` must be (height, width, channels), where the "
-                f"network doesn't say. Received: image_shape={image_shape}"
-            )
+        seed = checks.check_seed("seed", seed)
+        image_shape = _agreed("image_shape", image_shape, network)
+        image_shape = checks.check_shape(
+            "image_shape", image_shape, ("height", "width", "channels")
+        )
+        num_classes = _agreed("num_classes", num_classes, network)
+        context_width = _agreed("context_width", context_width, network)
+        for name, value in (
+            ("num_classes", num_classes),
+            ("context_width", context_width),
+        ):
+            if value is not None:
+                checks.check_positive_integer(name, value, 2**31 - 2)
         # Images, times and losses are float32 whatever the network computes in;
         # under mixed_float16 the policy still brings Keras' loss scaling.
         kwargs.setdefault("dtype", network.dtype_policy)
         super().__init__(autocast=False, **kwargs)
 
         self.network = network
-        self.schedule = CosineSchedule() if schedule is None else schedule
+        self.schedule = schedule
         self.prediction_type = prediction_type
         self.weighting = weighting or type(self).default_weighting
-        self.image_shape = tuple(image_shape)
-        self.num_classes = num_classes or getattr(network, "num_classes", None)
-        self.context_width = context_width or getattr(
-            network, "context_width", None
-        )
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        self.context_width = context_width
         self.label_dropout = label_dropout
         self._check_label_dropout()
         self.ema_decay, self.ema_half_life = ema_decay, ema_half_life
@@ -340,13 +369,18 @@ class DenoisingModel(Denoiser, FittedModel):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> Self:
-        """The inverse of `get_config`."""
+        """The inverse of `get_config`, whoever wrote it.
+
+        Raises:
+            ValueError: If it names what Keras doesn't know or what is no
+                function of tensors, or the network is larger than this
+                machine's memory.
+        """
+        untrusted.check_network(config.get("network"), custom_objects)
         # All but plain values were serialised: network, schedule, functions.
         return cls(
             **{
-                name: keras.saving.deserialize_keras_object(
-                    value, custom_objects=custom_objects
-                )
+                name: untrusted.deserialize(value, custom_objects)
                 if isinstance(value, dict) and name != "dtype"
                 else value
                 for name, value in config.items()

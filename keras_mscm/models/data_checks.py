@@ -1,8 +1,8 @@
 """Checks of what comes to `fit`: data, their conditioning, devices, a loss."""
 
-import itertools
 import math
-from collections.abc import Iterator
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -10,7 +10,16 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import backend
-from keras_mscm.checks import check_images, check_labels, describe
+from keras_mscm.checks import (
+    check_image_shape,
+    check_images,
+    check_labels,
+    check_signed,
+    describe,
+    warn_unsigned,
+)
+from keras_mscm.models import streams
+from keras_mscm.models.streams import Watch, as_tuple
 
 
 def as_loss(loss: Any) -> Any:
@@ -116,44 +125,71 @@ def check_conditioning(
             )
 
 
-def check_batch(
-    name: str,
-    batch: Any,
-    image_shape: tuple[int, ...],
-    num_classes: int | None,
-    context_width: int | None = None,
-) -> None:
-    """Raises unless a batch is `images` or `(images, y)`, both good."""
-    batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+@dataclass(frozen=True)
+class Expected:
+    """What a model expects of its data.
+
+    Attributes:
+        image_shape: Height, width and channels.
+        num_classes: Number of classes, or None.
+        context_width: Width of a sequence conditioning, or None.
+        nonnegative: Whether it is meant that no image goes below 0.
+        shares: Of which a batch's size must be a multiple, last or not.
+    """
+
+    image_shape: tuple[int, ...]
+    num_classes: int | None = None
+    context_width: int | None = None
+    nonnegative: bool = False
+    shares: int = 1
+
+
+def check_batch(name: str, batch: Any, expected: Expected) -> None:
+    """Raises unless a batch is `images` or `(images, y)`, both good.
+
+    The values of what lies on an accelerator are not looked at, because the
+    step would have to wait for them.
+    """
+    batch = as_tuple(batch)
     images, y, sample_weight = (*batch, None, None, None)[:3]
     if not hasattr(images, "shape") or len(batch) > 3:
         raise ValueError(
             f"`{name}` must be or yield `images`, `(images, labels)` or "
-            "`(images, labels, sample_weight)`, all arrays. Received: "
-            f"({', '.join(map(describe, batch))})"
+            f"`(images, labels, sample_weight)`, all arrays.{_as_map(batch)} "
+            f"Received: ({', '.join(map(describe, batch))})"
         )
-    check_images(f"{name} (images)", images, image_shape)
-    num = images.shape[0]
-    check_conditioning(name, y, num, num_classes, context_width)
-    check_sample_weight(f"{name} (sample_weight)", sample_weight, num)
+    num, parts = images.shape[0], keras.tree.flatten(batch)
+    if all(backend.lies_on_host(part) for part in parts):
+        check_images(f"{name} (images)", images, expected.image_shape)
+        check_conditioning(
+            name, y, num, expected.num_classes, expected.context_width
+        )
+        check_sample_weight(f"{name} (sample_weight)", sample_weight, num)
+    else:
+        check_image_shape(f"{name} (images)", images, expected.image_shape)
+    if num % expected.shares:
+        raise ValueError(
+            f"`{name}` must be of a multiple of {expected.shares} images, the "
+            "shares in which devices take a batch, also if it is the last; "
+            f"`drop_remainder=True` leaves that out. Received: {num} images"
+        )
 
 
-def _batches(first: Any, rest: Iterator) -> Iterator:
-    # Keras wants tuples of generators, also where there are only images.
-    for batch in itertools.chain([first], rest):
-        yield tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+def _as_map(batch: tuple) -> str:
+    """How to make of a dictionary what `fit` takes."""
+    if len(batch) != 1 or not isinstance(batch[0], dict):
+        return ""
+    keys = [*batch[0]]
+    return (
+        f" A dictionary of {keys} becomes that by `dataset.map(lambda batch: ("
+        'batch["image"], batch["label"]))`, with the keys that it has.'
+    )
 
 
 def check_data(
-    name: str,
-    x: Any,
-    y: Any,
-    sample_weight: Any,
-    image_shape: tuple[int, ...],
-    num_classes: int | None,
-    context_width: int | None = None,
-) -> Any:
-    """Checks arrays in full, and of a stream the first batch.
+    name: str, x: Any, y: Any, sample_weight: Any, expected: Expected
+) -> tuple[Any, Watch | None]:
+    """Checks arrays in full; of a stream the first batch, and each that passes.
 
     Args:
         name: What to call the data in a message.
@@ -161,44 +197,77 @@ def check_data(
             `DataLoader`, or generator of batches.
         y: Labels, with arrays.
         sample_weight: Weights, with arrays and labels.
-        image_shape: Height, width and channels.
-        num_classes: Number of classes, or None.
-        context_width: Width of a sequence conditioning, or None.
+        expected: What the model expects.
 
     Returns:
-        `x`; for a generator, one that still begins with its first batch.
+        What to train on, and what watches it if it is a stream.
     """
-    if isinstance(x, keras.utils.PyDataset):
-        batch = None if x.num_batches == 0 else x[0]
-    elif isinstance(x, Iterator):
-        batch = next(x, None)
-        if batch is not None:
-            x = _batches(batch, x)
-    elif hasattr(x, "shape"):
+    if hasattr(x, "shape"):
         if y is None and sample_weight is not None:
             raise ValueError(
                 f"`{name} (sample_weight)` must come with labels: without, "
                 "Keras leaves it out. Received: labels None"
             )
-        batch = (x, y, sample_weight)
-    elif hasattr(x, "__iter__") and not isinstance(x, (list, tuple, dict, str)):
-        batch = next(iter(x), None)
-        if hasattr(x, "collate_fn") and hasattr(batch, "shape"):
-            raise ValueError(
-                f"`{name}` must, as a DataLoader, yield [images] or [images, "
-                "labels], as it does from a `torch.utils.data.TensorDataset`. "
-                f"Received: a tensor, {describe(batch)}"
-            )
-    else:
+        # How arrays divide into batches is not known here.
+        check_batch(name, (x, y, sample_weight), replace(expected, shares=1))
+        if not expected.nonnegative:
+            check_signed(f"{name} (images)", x)
+        return x, None
+    if not hasattr(x, "__iter__") or isinstance(x, (list, tuple, dict, str)):
         raise ValueError(
             f"`{name}` must be an array of images, a tf.data.Dataset, a "
             "PyDataset, a DataLoader or a generator. Received: "
             f"{describe(x)}"
         )
-    if batch is None:
-        raise ValueError(f"`{name}` is empty. Received: no batch")
-    check_batch(name, batch, image_shape, num_classes, context_width)
-    return x
+    batch, x = streams.first_batch(name, x)
+    if hasattr(x, "collate_fn") and hasattr(batch, "shape"):
+        raise ValueError(
+            f"`{name}` must, as a DataLoader, yield [images] or [images, "
+            "labels], as it does from a `torch.utils.data.TensorDataset`. "
+            f"Received: a tensor, {describe(batch)}"
+        )
+    check_batch(name, batch, expected)
+    images = as_tuple(batch)[0]
+    if not expected.nonnegative and backend.lies_on_host(images):
+        warn_unsigned(f"{name} (images)", images)
+    _check_beforehand(name, x, expected)
+
+    def check(batch, number):
+        check_batch(f"batch {number} of {name}", batch, expected)
+
+    watch = Watch(check)
+    return streams.watched(x, watch), watch
+
+
+def _check_beforehand(name: str, x: Any, expected: Expected) -> None:
+    """Checks what a stream lets know of its later batches."""
+    labels = getattr(x, "labels", None)
+    if isinstance(x, keras.utils.PyDataset) and isinstance(labels, np.ndarray):
+        check_labels(f"{name} (labels)", labels, expected.num_classes)
+    if expected.shares == 1:
+        return
+    last = None
+    if isinstance(x, keras.utils.PyDataset) and x.num_batches:
+        last = len(as_tuple(x[x.num_batches - 1])[0])
+    elif hasattr(x, "collate_fn") and not getattr(x, "drop_last", True):
+        last = len(x.dataset) % x.batch_size
+    elif backend.is_tf_dataset(x):
+        spec = keras.tree.flatten(x.element_spec)[0]
+        if spec.shape[0] is None:
+            warnings.warn(
+                f"`{name}` may end with a batch that is no multiple of "
+                f"{expected.shares} images, the shares in which devices take "
+                "it. Training would stop there: give "
+                "`batch(..., drop_remainder=True)`",
+                stacklevel=5,
+            )
+    if last and last % expected.shares:
+        raise ValueError(
+            f"`{name}` must end with a batch that is a multiple of "
+            f"{expected.shares} images, the shares in which devices take it; "
+            f"`drop_remainder=True` leaves it out. Received: {last} images in "
+            "the last batch"
+        )
 
 
 def check_distribution(model: keras.Model) -> None:

@@ -1,5 +1,6 @@
 """Standard diffusion training: the teacher."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -145,6 +146,7 @@ class DiffusionModel(DenoisingModel):
         eta: float = 0.75,
         batch_size: int = 128,
         seed: int | None = None,
+        nonnegative: bool = False,
     ) -> None:
         """Measures the posterior variance over data: `eta ||x_hat - x||^2 / d`.
 
@@ -162,13 +164,17 @@ class DiffusionModel(DenoisingModel):
                 [0, 1]; the paper's 0.75.
             batch_size: Images per evaluation, where `x` is an array.
             seed: Seed of the noise.
+            nonnegative: Whether it is meant that no image goes below 0, as in
+                `fit`.
 
         Raises:
-            ValueError: If the data are not of this model.
+            ValueError: If the data are not of this model, or an argument is
+                out of its range.
         """
-        checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
-        x = self._checked("x", x, y)
-        seeds = keras.random.SeedGenerator(seed)
+        eta = checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
+        checks.check_positive_integer("batch_size", batch_size)
+        seeds = backend.seed_generator(checks.check_seed("seed", seed))
+        x, watches = self._watched("x", x, y, nonnegative=nonnegative)
         levels = variance.level_logsnr()
 
         def squared_error(images, epsilon, conditioning, logsnr):
@@ -184,12 +190,15 @@ class DiffusionModel(DenoisingModel):
             squared_error, self.ema_network.variables
         )
         total, count = np.zeros(variance.LEVELS), 0
-        for images, conditioning in _as_batches(x, y, batch_size):
-            for i, level in enumerate(levels):
-                epsilon = keras.random.normal(images.shape, seed=seeds)
-                error = compiled(images, epsilon, conditioning, level)
-                total[i] += float(ops.convert_to_numpy(error))
-            count += len(images)
+        with contextlib.ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(watch.reporting())
+            for images, conditioning in _as_batches(x, y, batch_size):
+                for i, level in enumerate(levels):
+                    epsilon = keras.random.normal(images.shape, seed=seeds)
+                    error = compiled(images, epsilon, conditioning, level)
+                    total[i] += float(ops.convert_to_numpy(error))
+                count += len(images)
         self.x_var_table.assign(eta * total / count * (1 + np.exp(levels)))
 
     @property
@@ -225,7 +234,7 @@ def _as_batches(
             for i in range(0, len(x), batch_size)
         )
     elif isinstance(x, keras.utils.PyDataset):
-        batches = (x[i] for i in range(len(x)))
+        batches = (x[i] for i in range(x.num_batches))
     for batch in batches:
         batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
         images, given = (*batch, None)[:2]

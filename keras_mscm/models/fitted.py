@@ -1,14 +1,16 @@
 """Keras' training loop, for images; nothing starts before they are checked."""
 
 import contextlib
+import functools
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm.models import data_checks
 from keras_mscm.models.finite_loss import FiniteLoss
+from keras_mscm.preset_files import untrusted
 
 
 class FittedModel(keras.Model):
@@ -65,7 +67,7 @@ class FittedModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was saved."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.compile(**untrusted.deserialize(config))
 
     def _check_ready(self) -> None:
         """Raises if the model can't be trained or evaluated yet."""
@@ -83,6 +85,7 @@ class FittedModel(keras.Model):
         *args: Any,
         callbacks: Any = None,
         validation_data: Any = None,
+        nonnegative: bool = False,
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains the model, as `keras.Model.fit`.
@@ -99,25 +102,32 @@ class FittedModel(keras.Model):
             callbacks: As for `keras.Model.fit`.
             validation_data: As for `keras.Model.fit`: `images`, `(images,
                 labels)` or a stream of either.
+            nonnegative: Whether it is meant that no image goes below 0. Else
+                such images are taken for ones in [0, 1]: an error, or a warning
+                where only the first batch is known.
             **kwargs: As for `keras.Model.fit`.
 
         Returns:
             Keras' `History`.
 
         Raises:
-            ValueError: If the data (arrays; of a stream the first batch) are
-                not of this model, or the model isn't ready to be trained.
-                Nothing has been compiled by then.
+            ValueError: If the data are not of this model, or the model isn't
+                ready to be trained. Arrays, and of a stream what is known of it
+                and its first batch, are checked before anything is compiled;
+                its other batches as they pass, on the host (not those that lie
+                on an accelerator already).
             FloatingPointError: If the loss is no longer finite. The weights
                 are then the moving average's last finite ones.
         """
         self._check_ready()
-        x = self._checked("x", x, y, kwargs.get("sample_weight"))
+        self._check_trainable()
+        _check_class_weight(y, kwargs.get("class_weight"))
+        data = functools.partial(self._watched, nonnegative=nonnegative)
+        passing, watches = data("x", x, y, kwargs.get("sample_weight"))
         batch_size = args[0] if args else kwargs.get("batch_size")
         share = 1 - kwargs.get("validation_split", 0.0)
-        data_checks.check_shares(
-            "x", x, share, batch_size, backend.shares(self)
-        )
+        shares = backend.shares(self)
+        data_checks.check_shares("x", x, share, batch_size, shares)
         if isinstance(validation_data, (list, tuple)):
             if not 1 <= len(validation_data) <= 3:
                 raise ValueError(
@@ -125,19 +135,22 @@ class FittedModel(keras.Model):
                     "(images, labels, sample_weight) or a stream of these. "
                     f"Received: {len(validation_data)} parts"
                 )
-            self._checked("validation_data", *validation_data)
+            data("validation_data", *validation_data)
         elif validation_data is not None:
-            validation_data = self._checked("validation_data", validation_data)
+            validation_data, more = data("validation_data", validation_data)
+            watches += more
         finite_loss = FiniteLoss()
         callbacks = [finite_loss, *_as_list(callbacks)]
         with contextlib.ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(watch.reporting())
             stack.enter_context(backend.values_kept(self))
             # Keras tells a callback neither of the data nor of a failure.
             for callback in callbacks:
                 if hasattr(callback, "during_fit"):
                     stack.enter_context(callback.during_fit(self, x))
             history = super().fit(
-                x,
+                passing,
                 y,
                 *args,
                 callbacks=callbacks,
@@ -148,17 +161,27 @@ class FittedModel(keras.Model):
         return history
 
     def evaluate(
-        self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any
+        self,
+        x: Any = None,
+        y: Any = None,
+        *args: Any,
+        nonnegative: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Evaluates the loss, as `keras.Model.evaluate`; data as for `fit`."""
         self._check_ready()
+        watches: list = []
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked it
-            x = self._checked("x", x, y, kwargs.get("sample_weight"))
             batch_size = args[0] if args else kwargs.get("batch_size")
-            data_checks.check_shares(
-                "x", x, 1, batch_size, backend.shares(self)
+            shares = backend.shares(self)
+            data_checks.check_shares("x", x, 1, batch_size, shares)
+            x, watches = self._watched(
+                "x", x, y, kwargs.get("sample_weight"), nonnegative=nonnegative
             )
-        with backend.values_kept(self):
+        with contextlib.ExitStack() as stack:
+            for watch in watches:
+                stack.enter_context(watch.reporting())
+            stack.enter_context(backend.values_kept(self))
             return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,17 +199,43 @@ class FittedModel(keras.Model):
         self._check_ready()
         return super().make_test_function(force)
 
-    def _checked(
-        self, name: str, x: Any, y: Any = None, sample_weight: Any = None
-    ) -> Any:
-        return data_checks.check_data(
-            name,
-            x,
-            y,
-            sample_weight,
+    def _watched(
+        self,
+        name: str,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        nonnegative: bool = False,
+    ) -> tuple[Any, list]:
+        """Data that are checked, now and as they pass, and what watches."""
+        expected = data_checks.Expected(
             self.image_shape,
             self.num_classes,
             self.context_width,
+            checks.check_boolean("nonnegative", nonnegative),
+            # TensorFlow divides a smaller last batch unevenly; JAX doesn't.
+            backend.shares(self) if backend.NAME == "jax" else 1,
+        )
+        x, watch = data_checks.check_data(name, x, y, sample_weight, expected)
+        return x, [] if watch is None else [watch]
+
+    def _check_trainable(self) -> None:
+        if not self.trainable_variables:
+            raise ValueError(
+                "`network` must have weights that are trained: none of its "
+                "layers is trainable. Received: a network that is frozen as a "
+                "whole"
+            )
+
+
+def _check_class_weight(y: Any, class_weight: Any) -> None:
+    """Raises unless there are labels that classes can be weighted by."""
+    if class_weight is not None and not hasattr(y, "shape"):
+        raise ValueError(
+            "`class_weight` must come with an array of labels as `y`; a stream "
+            "gives `(images, labels, sample_weight)` instead. Received: y="
+            f"{checks.describe(y)}"
         )
 
 

@@ -1,21 +1,28 @@
 """Multistep consistency models (the paper's algorithms 1 and 2)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, checks, losses
+from keras_mscm import backend, checks, losses, samplers
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models.base import Example
 from keras_mscm.models.denoiser import Conditioning
-from keras_mscm.models.student import StudentModel
+from keras_mscm.models.student import DEFAULT_ETA, StudentModel
 
 METHODS = ("distillation", "training")
 REFERENCES = ("online", "ema")
+# What says how the teacher's steps are taken, and its defaults.
+OF_TEACHER = {
+    "integrator": samplers.ADDIM(),
+    "eta": DEFAULT_ETA,
+    "x_var": None,
+    "guidance_scale": 1,
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -45,8 +52,9 @@ class MultistepConsistencyModel(StudentModel):
         reference: Which network's prediction at s the target is made of: the
             `"online"` one that is trained (the paper), under the dropout of
             its pass at t, or its moving average, `"ema"`, without dropout.
-        **kwargs: As in `StudentModel`: `integrator`, `eta`, `x_var`,
-            `guidance_scale`, and what `DenoisingModel` takes.
+        **kwargs: As in `StudentModel`: `integrator`, `eta`, `x_var` and
+            `guidance_scale`, which say how the teacher's steps are taken (so
+            with "distillation" alone), and what `DenoisingModel` takes.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -86,6 +94,8 @@ class MultistepConsistencyModel(StudentModel):
     ):
         checks.check_choice("method", method, METHODS)
         checks.check_choice("reference", reference, REFERENCES)
+        if method == "training":
+            _check_no_teacher(kwargs)
         super().__init__(
             network, schedule, student_steps=student_steps, **kwargs
         )
@@ -101,7 +111,7 @@ class MultistepConsistencyModel(StudentModel):
             trainable=False,
             name="annealing",
         )
-        if callable(teacher_steps):
+        if callable(teacher_steps) and not isinstance(teacher_steps, type):
             begin = float(teacher_steps(ops.zeros((), "int32")))
             self._check_teacher_steps("teacher_steps", begin)
         else:
@@ -129,7 +139,7 @@ class MultistepConsistencyModel(StudentModel):
             )
         self._check_teacher_steps("start", start)
         self._check_teacher_steps("end", end)
-        checks.check_positive_integer("iterations", iterations)
+        checks.check_positive_integer("iterations", iterations, 2**31 - 1)
         self.annealing.assign(np.asarray([start, end, iterations], "float32"))
 
     def _check_teacher_steps(self, name: str, value: Any) -> None:
@@ -138,7 +148,8 @@ class MultistepConsistencyModel(StudentModel):
             value,
             self.student_steps,
             f"at least student_steps={self.student_steps}, one teacher step "
-            "per student step",
+            "per student step, and at most 2**24",
+            high=2**24,
         )
 
     def steps_per_segment(self) -> Tensor:
@@ -198,3 +209,25 @@ class MultistepConsistencyModel(StudentModel):
             "teacher_steps": teacher_steps,
             "reference": self.reference,
         }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Self:
+        """The inverse of `get_config`, also of version 0.1's."""
+        if config.get("method") == "training":
+            # In that, what says how a teacher's steps are taken had no effect.
+            config = {k: v for k, v in config.items() if k not in OF_TEACHER}
+        return super().from_config(config, custom_objects)
+
+
+def _check_no_teacher(arguments: dict[str, Any]) -> None:
+    """Raises if an argument says how a teacher's steps are taken."""
+    for name, default in OF_TEACHER.items():
+        value = arguments.get(name)
+        if value is not None and value != default:
+            raise ValueError(
+                f"`{name}` must not be given with method='training', which "
+                "takes its steps with the images themselves. Received: "
+                f"{name}={checks.describe(value)}"
+            )

@@ -73,10 +73,13 @@ class ProgressiveDistillationModel(StudentModel):
         iterations_per_stage: int = 50_000,
         **kwargs: Any,
     ):
-        checks.check_positive_integer("student_steps", student_steps)
-        checks.check_positive_integer("teacher_steps", teacher_steps)
-        checks.check_positive_integer(
-            "iterations_per_stage", iterations_per_stage
+        student_steps, teacher_steps, iterations_per_stage = (
+            checks.check_positive_integer(name, value, 2**31 - 1)
+            for name, value in (
+                ("student_steps", student_steps),
+                ("teacher_steps", teacher_steps),
+                ("iterations_per_stage", iterations_per_stage),
+            )
         )
         stages = math.log2(teacher_steps / student_steps)
         if stages < 1 or stages != int(stages):

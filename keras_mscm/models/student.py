@@ -1,6 +1,6 @@
 """What the few-step models share: the teacher's step, and how they sample."""
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -12,6 +12,8 @@ from keras_mscm.models.denoiser import Conditioning
 from keras_mscm.models.sampling import Request
 from keras_mscm.models.teacher import TaughtModel
 
+DEFAULT_ETA = 0.75
+
 
 class StudentModel(TaughtModel):
     """A model that takes few steps where its teacher takes many.
@@ -22,17 +24,22 @@ class StudentModel(TaughtModel):
         schedule: Noise schedule, as in `DenoisingModel`.
         student_steps: Evaluations that `generate` takes (K), at least 1.
         integrator: The teacher's step: a deterministic sampler (`ADDIM()`,
-            `DDIM()`, `Heun()`), or a function of `(x, z_t, logsnr_t, logsnr_s,
-            x_var, denoise)` that returns the `x` with which DDIM takes the
-            step (as `samplers.DDIM.step_x`; from a `z_s`, `inverse_ddim` tells
-            it).
+            the default, `DDIM()`, `Heun()`), or a function of `(x, z_t,
+            logsnr_t, logsnr_s, x_var, denoise)` that returns the `x` with
+            which DDIM takes the step (as `samplers.DDIM.step_x`; where a step
+            gives `z_s`, `inverse_ddim` converts it).
         eta: Share of the teacher's squared error that aDDIM takes for the
             posterior variance, in [0, 1]; 0 makes it DDIM (appendix A.1:
             xvar_frac 0.75). The error is the conditional prediction's, also
             under guidance.
         x_var: Function of log-SNR that gives the posterior variance instead,
-            such as `functional.analytic_x_var`.
+            such as `functional.analytic_x_var` or a model's `x_var`. `ADDIM(
+            x_var=...)` as the integrator says the same.
         **kwargs: As in `TaughtModel`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or has no effect beside
+            the others.
     """
 
     def __init__(
@@ -42,13 +49,20 @@ class StudentModel(TaughtModel):
         *,
         student_steps: int,
         integrator: Any = None,
-        eta: float = 0.75,
+        eta: float = DEFAULT_ETA,
         x_var: samplers.Variance | None = None,
         **kwargs: Any,
     ):
-        checks.check_positive_integer("student_steps", student_steps)
-        checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
+        student_steps = checks.check_positive_integer(
+            "student_steps", student_steps, 2**20
+        )
+        eta = checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
         integrator = samplers.ADDIM() if integrator is None else integrator
+        checks.check_function(
+            "integrator",
+            integrator,
+            "a function or a deterministic sampler, such as `samplers.ADDIM()`",
+        )
         if isinstance(integrator, samplers.Sampler) and integrator.stochastic:
             raise ValueError(
                 "`integrator` must be deterministic: a student learns where "
@@ -56,16 +70,35 @@ class StudentModel(TaughtModel):
                 "many places, of which it would learn the blurred mean. "
                 f"Received: integrator={integrator}"
             )
-        for name, value in {"integrator": integrator, "x_var": x_var}.items():
-            function = callable(value) and not isinstance(value, type)
-            if value is not None and not function:
-                raise ValueError(
-                    f"`{name}` must be a function (`integrator` also a "
-                    f"sampler). Received: {name}={value!r}"
-                )
+        if x_var is not None:
+            checks.check_function("x_var", x_var, "a function of log-SNR")
+        self._check_variances(integrator, eta, x_var)
         super().__init__(network, schedule, **kwargs)
-        self.student_steps, self.eta = student_steps, eta
-        self.integrator, self.x_var = integrator, x_var
+        self.student_steps, self.integrator = student_steps, integrator
+        self.eta, self.x_var = eta, x_var
+
+    @staticmethod
+    def _check_variances(integrator: Any, eta: Any, x_var: Any) -> None:
+        """Raises if something that says the posterior variance is not heard."""
+        given = {
+            "eta": None if eta == DEFAULT_ETA else eta,
+            "x_var": x_var,
+            "integrator": _own_variance(integrator),
+        }
+        given = {k: value for k, value in given.items() if value is not None}
+        came = ", ".join(f"{k}={checks.describe(given[k])}" for k in given)
+        if given and type(integrator) in (samplers.DDIM, samplers.Heun):
+            raise ValueError(
+                f"`{'` and `'.join(given)}` must not be given: {integrator} "
+                "takes no posterior variance, as `samplers.ADDIM()` does. "
+                f"Received: {came}"
+            )
+        if len(given) > 1:
+            raise ValueError(
+                f"`{'` and `'.join(given)}` must not be given together, as "
+                "each says what the posterior variance is. Received: "
+                f"{came}"
+            )
 
     def teacher_step(
         self,
@@ -103,8 +136,9 @@ class StudentModel(TaughtModel):
         conditioning: Conditioning,
     ) -> Tensor:
         """`teacher_step`, given the teacher's predictions at t."""
-        if self.x_var is not None:
-            x_var = self.x_var(logsnr_t)
+        variance = self.x_var or _own_variance(self.integrator)
+        if variance is not None:
+            x_var = variance(logsnr_t)
         else:
             square = ops.square(x_conditional - x)
             x_var = self.eta * ops.mean(square, axis=(1, 2, 3))
@@ -193,3 +227,24 @@ class StudentModel(TaughtModel):
             "eta": self.eta,
             "x_var": serialize(self.x_var),
         }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Self:
+        """The inverse of `get_config`, also of version 0.1's."""
+        # In that, `eta` and `x_var` had no effect beside some integrators.
+        kind = (config.get("integrator") or {}).get("class_name")
+        if kind in ("DDIM", "Heun"):
+            config = {**config, "eta": DEFAULT_ETA, "x_var": None}
+        elif config.get("x_var") is not None:
+            config = {**config, "eta": DEFAULT_ETA}
+        return super().from_config(config, custom_objects)
+
+
+def _own_variance(integrator: Any) -> samplers.Variance | None:
+    """The posterior variance that an aDDIM was made with; None by default."""
+    if not isinstance(integrator, samplers.ADDIM):
+        return None
+    default = samplers.ADDIM().x_var
+    return None if integrator.x_var is default else integrator.x_var

@@ -61,7 +61,7 @@ class TaughtModel(DenoisingModel):
         guidance_scale: float = 1.0,
         **kwargs: Any,
     ):
-        checks.check_number(
+        guidance_scale = checks.check_number(
             "guidance_scale", guidance_scale, 0, "a number of at least 0"
         )
         super().__init__(network, schedule, **kwargs)
@@ -81,11 +81,7 @@ class TaughtModel(DenoisingModel):
         Returns:
             The model, with the teacher attached if it learns from it.
         """
-        if not isinstance(teacher, DiffusionModel):
-            raise ValueError(
-                "`teacher` must be a DiffusionModel. Received: "
-                f"{type(teacher).__name__}"
-            )
+        _check_teacher(teacher)
         student = cls(
             clone_network(
                 teacher.network, teacher.network.name, teacher.ema_network
@@ -111,6 +107,7 @@ class TaughtModel(DenoisingModel):
         Raises:
             ValueError: If the two don't fit.
         """
+        _check_teacher(teacher)
         fits = "image_shape", "num_classes", "context_width", "prediction_type"
         for name in fits:
             theirs, ours = getattr(teacher, name, None), getattr(self, name)
@@ -147,3 +144,10 @@ class TaughtModel(DenoisingModel):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "guidance_scale": self.guidance_scale}
+
+
+def _check_teacher(teacher: Any) -> None:
+    # A student predicts where a segment ends, and not the mean of the images
+    # that a noisy one may have come from, which is what a teacher is asked for.
+    if not isinstance(teacher, DiffusionModel):
+        raise checks.invalid("teacher", "a DiffusionModel", teacher)

@@ -391,13 +391,20 @@ def test_teacher(models, dense_network):
             "image_shape",
             r"\(2, 2, 1\)",
         ),
-        (dense_network(), "image_shape", "None"),
     ):
         check(
             lambda teacher=teacher: student.attach_teacher(teacher),
             "`teacher`",
             f"Received: {came}",
             f"student's {name}",
+        )
+    # Not what only looks like one: a student, itself, a network.
+    for teacher in (student, models["plain student"], dense_network(), None):
+        check(
+            lambda teacher=teacher: student.attach_teacher(teacher),
+            "`teacher`",
+            type(teacher).__name__,
+            "DiffusionModel",
         )
 
 
@@ -499,9 +506,13 @@ def test_anneal(
 ):
     student = make_student(student_with={"student_steps": 8})
     calls = count_calls(student)
-    anneal = callbacks.TeacherStepAnneal(**arguments)
+
+    def fit():
+        anneal = callbacks.TeacherStepAnneal(**arguments)
+        student.fit(IMAGES, callbacks=[anneal], verbose=0)
+
     check(
-        lambda: student.fit(IMAGES, callbacks=[anneal], verbose=0),
+        fit,
         f"`{name}`",
         came,
         allowed,

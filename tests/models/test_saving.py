@@ -217,7 +217,7 @@ def test_a_loaded_model_is_the_saved_one(make_teacher, toy_images, tmp_path):
 
     # And a student of the loaded teacher is one of the saved one.
     student = MultistepConsistencyModel.from_teacher(
-        loaded, student_steps=2, eta=0.5, teacher_steps=10, method="training"
+        loaded, student_steps=2, teacher_steps=10, method="training"
     )
     student.save(tmp_path / "student.keras")
     loaded = keras.saving.load_model(tmp_path / "student.keras")
