@@ -1,8 +1,19 @@
+import gc
 import os
+from pathlib import Path
 
 # Before PyTorch is imported: the tests' tensors are small, and its threads
 # wait for each other where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before JAX is: compiling is where most of the time goes. So it is done with
+# little effort, and kept for other tests, workers, processes and runs.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).parents[1] / ".venv" / "jax_cache"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import keras
 import numpy as np
@@ -10,8 +21,19 @@ import pytest
 
 from keras_mscm import UViT
 
-# Compiling is where most of the time goes.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+BACKEND = keras.backend.backend()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    """What was compiled for a file's tests is not kept in memory."""
+    yield
+    keras.utils.clear_session(free_memory=False)
+    if BACKEND == "jax":
+        import jax
+
+        jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
