@@ -18,10 +18,12 @@ demo: .venv/.demo  ## install, then distil the digits into demo/
 figure: .venv/.demo  ## the paper's figure 1, into demo/two_modes/
 	KERAS_BACKEND=jax $(BIN)/python examples/two_modes.py
 
-test: .venv/.dev  ## every test on every backend
-	@set -e; for backend in $(BACKENDS); do \
+test: .venv/.dev  ## every test on every backend; what can't differ, on one
+	@set -e; tests='not slow'; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/pytest -n 2 -m 'not slow'; \
+		KERAS_BACKEND=$$backend $(BIN)/pytest -n 2 --dist loadfile \
+			-m "$$tests"; \
+		tests='not slow and not once'; \
 	done
 
 test-slow: .venv/.dev  ## the long ones: kills at random, many devices

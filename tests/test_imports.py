@@ -9,6 +9,8 @@ import pytest
 
 import keras_mscm
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(keras_mscm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize(

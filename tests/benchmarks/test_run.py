@@ -11,6 +11,8 @@ from benchmarks import data, plots, report, run
 from benchmarks.verdicts import verdicts
 from keras_mscm import DiffusionModel, UViT
 
+pytestmark = pytest.mark.once
+
 SETTINGS = """
 data = "tiny"
 tables = [1, 2, 3, 4]

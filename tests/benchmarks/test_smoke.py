@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from benchmarks import smoke
+
+pytestmark = pytest.mark.once
 
 
 def test_within_is_15_percent():

@@ -8,6 +8,8 @@ import pytest
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import profile, report, timing
 
+pytestmark = pytest.mark.once
+
 
 def test_pairs_are_compared_one_by_one():
     """A machine that halves its speed between pairs changes no ratio."""

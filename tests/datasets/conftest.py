@@ -1,10 +1,22 @@
 """What every loader must do: feed a model that trains."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 
 from keras_mscm import DiffusionModel
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Loaders are the same on every backend; a model that trains is not."""
+    for item in items:
+        if HERE in item.path.parents and "train" not in item.fixturenames:
+            item.add_marker("once")
 
 
 @pytest.fixture

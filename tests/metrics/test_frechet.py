@@ -9,6 +9,8 @@ import torch
 from keras_mscm.metrics import FrechetDistance, frechet_distance
 from keras_mscm.metrics.moments import Moments
 
+pytestmark = pytest.mark.once
+
 
 def moments_of(features):
     return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))

@@ -7,6 +7,8 @@ import torch
 from keras_mscm.metrics import KernelDistance
 from keras_mscm.metrics.kernel import subset_estimates
 
+pytestmark = pytest.mark.once
+
 
 def equal_numbers(features):
     num = min(map(len, features))

@@ -11,6 +11,8 @@ from keras_mscm.metrics import (
     precision_recall,
 )
 
+pytestmark = pytest.mark.once
+
 
 def both(reference, samples, **kw):
     metrics = (

@@ -7,6 +7,8 @@ import pytest
 
 from keras_mscm.metrics import FeatureExtractor, Reference
 
+pytestmark = pytest.mark.once
+
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (10, 4, 4, 1)).astype("f4")
 
 
