@@ -7,6 +7,7 @@ model may call while it is loaded; and sizes are nobody's concern.
 """
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -135,9 +136,10 @@ def check_size(make: Callable[[], Any], limit: float | None = None) -> None:
         ValueError: If they are more.
     """
     try:
-        count = without_memory(lambda: _size(make()))
+        weights = without_memory(lambda: getattr(make(), "weights", ()))
     except Exception:  # because it then can't be made in earnest either, or
         return  # has layers that need values; who makes it, will see
+    count = sum(math.prod(weight.shape) for weight in weights)
     limit = memory() if limit is None else limit
     if count * BYTES > limit:
         raise ValueError(
@@ -160,11 +162,6 @@ def check_network(config: Any, custom_objects: Any = None) -> None:
     if isinstance(config, dict):
         # A copy, as Keras takes a functional model's configuration apart.
         check_size(lambda: deserialize(copy.deepcopy(config), custom_objects))
-
-
-def _size(network: Any) -> int:
-    weights = getattr(network, "weights", ())
-    return sum(weight.size for weight in weights)
 
 
 def memory() -> float:
