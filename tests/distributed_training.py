@@ -33,6 +33,7 @@ from keras_mscm import (  # noqa: E402
     DiffusionModel,
     MultistepConsistencyModel,
     UViT,
+    datasets,
 )
 from keras_mscm.distribution import (  # noqa: E402
     UnevenModelParallel,
@@ -227,11 +228,13 @@ def refusals():
             )
             model = DiffusionModel(network)
             model.compile("sgd")
-        with everywhere.scope():
-            try:
-                model.fit(IMAGES[:36], verbose=0)
-            except ValueError as error:
-                yield str(error)
+        stream = datasets.from_arrays(IMAGES[:36], batch_size=32)
+        for data in [IMAGES[:36], stream] if made_within else [IMAGES[:36]]:
+            with everywhere.scope():
+                try:
+                    model.fit(data, verbose=0)
+                except ValueError as error:
+                    yield str(error)
 
 
 if "process" in plan:

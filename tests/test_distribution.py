@@ -226,11 +226,13 @@ def test_the_same_on_any_number_of_devices(tmp_path):
     results = results_of(tmp_path, process, cases)
     check_cases(cases, results)
     refusals = json.loads((tmp_path / "refusals.json").read_text())
-    made_before, undivided = refusals
+    made_before, undivided, of_a_stream = refusals
     assert "must be called before networks" in made_before
     assert "DataParallel, and 'diffusion_model/" in made_before
     assert "multiple of 8" in undivided
     assert "batch_size=32, 36 images, 4 in the last" in undivided
+    assert "multiple of 8" in of_a_stream
+    assert "4 images in the last batch" in of_a_stream
 
 
 def check_cases(cases, results):

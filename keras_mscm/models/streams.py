@@ -28,16 +28,22 @@ class Watch:
 
     def __init__(self, check: Callable[[Any, int], None]):
         self._check = check
-        self.error: ValueError | None = None
+        self._error: Exception | None = None
 
     def see(self, batch: Any, number: Any) -> Any:
         """Checks a batch and hands it on."""
-        try:
+        with self.remembering():
             self._check(batch, int(number))
-        except ValueError as error:
-            self.error = error
-            raise
         return batch
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Remembers an error from within, such as one of reading a file."""
+        try:
+            yield
+        except Exception as error:
+            self._error = error
+            raise
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
@@ -45,9 +51,9 @@ class Watch:
         try:
             yield
         except Exception as error:
-            if self.error is None or self.error is error:
+            if self._error is None or self._error is error:
                 raise
-            raise self.error from None
+            raise self._error from None
 
 
 def first_batch(name: str, x: Any) -> tuple[Any, Any]:
@@ -127,7 +133,9 @@ class _WatchedDataset(keras.utils.PyDataset):
         return self._dataset.num_batches
 
     def __getitem__(self, index: int) -> Any:
-        return self._watch.see(self._dataset[index], index)
+        with self._watch.remembering():
+            batch = self._dataset[index]
+        return self._watch.see(batch, index)
 
     def on_epoch_begin(self) -> None:
         self._dataset.on_epoch_begin()

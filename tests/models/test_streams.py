@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from keras_mscm import backend, datasets
+from keras_mscm.models import data_checks
 from tests.models.data_forms import Batches
 
 NUM, BAD = 6, 4
@@ -188,6 +189,17 @@ def test_labels_that_a_data_set_holds_are_checked_beforehand(
     assert not calls
 
 
+def test_an_error_of_a_data_set_is_its_own(model):
+    def read(indices):
+        if 3 in indices:
+            raise KeyError("no third picture")
+        return IMAGES[indices]
+
+    data = datasets.ImageBatches(read, 8, LABELS, batch_size=2, shuffle=False)
+    with pytest.raises(KeyError, match="no third picture"):
+        model.fit(data, shuffle=False, verbose=0)
+
+
 # Images in [0, 1].
 
 UNIT = (IMAGES + 1) / 2
@@ -273,3 +285,43 @@ def test_a_network_that_is_frozen_is_not_trained(dense_network, make_teacher):
     with pytest.raises(ValueError, match="weights that are trained"):
         model.fit(IMAGES, verbose=0)
     model.evaluate(IMAGES, verbose=0)
+
+
+# Devices that share a batch.
+
+SHARED = data_checks.Expected((4, 4, 1), num_classes=3, shares=4)
+LAST = [(IMAGES, LABELS)] * 2 + [(IMAGES[:6], LABELS[:6])]
+
+
+def test_a_last_batch_that_does_not_divide_is_refused_beforehand():
+    images, labels = (np.concatenate(part) for part in zip(*LAST))
+    loaders = [
+        Batches(LAST),
+        datasets.from_arrays(images, labels, batch_size=8, seed=0),
+    ]
+    if backend.NAME == "torch":
+        loaders.append(data_loader(LAST))
+    for x in loaders:
+        with pytest.raises(ValueError, match="6 images in the last") as error:
+            data_checks.check_data("x", x, None, None, SHARED)
+        assert "multiple of 4" in str(error.value)
+        assert "drop_remainder=True" in str(error.value)
+    for x in (
+        Batches(LAST[:2]),
+        datasets.from_arrays(
+            images, labels, batch_size=8, seed=0, drop_remainder=True
+        ),
+        datasets.from_arrays(images, labels, batch_size=8, seed=0, repeat=True),
+    ):
+        data_checks.check_data("x", x, None, None, SHARED)
+
+
+def test_of_a_stream_that_does_not_say_it_is_refused_as_it_passes():
+    passing, _ = data_checks.check_data(
+        "x", generator(LAST), None, None, SHARED
+    )
+    with pytest.raises(ValueError, match=r"batch 2 of x` .*multiple of 4"):
+        for _ in passing:
+            pass
+    with pytest.warns(UserWarning, match="drop_remainder=True"):
+        data_checks.check_data("x", tf_data(LAST), None, None, SHARED)
