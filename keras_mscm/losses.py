@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
 
 
@@ -104,11 +105,10 @@ class PseudoHuber(keras.losses.Loss):
         name: str = "pseudo_huber",
         **kwargs: Any,
     ):
-        if not huber_epsilon > 0:
-            raise ValueError(
-                "`huber_epsilon` must be positive. Received: "
-                f"huber_epsilon={huber_epsilon}"
-            )
+        # Squared it must be a float32 that is neither 0 nor infinite.
+        huber_epsilon = checks.check_number(
+            "huber_epsilon", huber_epsilon, 1e-18, "positive", 1e18
+        )
         super().__init__(reduction=reduction, name=name, **kwargs)
         self.huber_epsilon = huber_epsilon
 
@@ -133,7 +133,7 @@ class Multiscale(keras.losses.Loss):
     Args:
         loss: Loss that gives one value per example, as those of this module.
             Its own reduction is not used.
-        num_poolings: How often the images are halved, at least 1.
+        num_poolings: How often the images are halved, from 1 to 16.
 
     Raises:
         ValueError: If an argument is out of its range; when called, if the
@@ -159,18 +159,16 @@ class Multiscale(keras.losses.Loss):
         **kwargs: Any,
     ):
         if not isinstance(loss, keras.losses.Loss):
-            raise ValueError(
-                "`loss` must be a loss of `keras_mscm.losses` or another "
-                f"`keras.losses.Loss`. Received: loss={loss!r}"
+            raise checks.invalid(
+                "loss",
+                "a loss of `keras_mscm.losses` or another `keras.losses.Loss`",
+                loss,
             )
-        integer = isinstance(num_poolings, (int, np.integer))
-        if not integer or isinstance(num_poolings, bool) or num_poolings < 1:
-            raise ValueError(
-                "`num_poolings` must be an integer of at least 1. Received: "
-                f"num_poolings={num_poolings!r}"
-            )
+        num_poolings = checks.check_positive_integer(
+            "num_poolings", num_poolings, 16
+        )
         super().__init__(reduction=reduction, name=name, **kwargs)
-        self.loss, self.num_poolings = loss, int(num_poolings)
+        self.loss, self.num_poolings = loss, num_poolings
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Returns one value per example, `(batch,)`."""
@@ -271,13 +269,9 @@ class SigmoidWeighting:
     """
 
     def __init__(self, bias: float):
-        if isinstance(bias, bool) or not (
-            isinstance(bias, (int, float, np.integer, np.floating))
-            and -80 <= bias <= 80
-        ):
-            raise ValueError(
-                f"`bias` must be a number in [-80, 80]. Received: bias={bias!r}"
-            )
+        bias = checks.check_number(
+            "bias", bias, -80, "a number in [-80, 80]", 80
+        )
         self.bias = float(bias)
 
     def __call__(self, logsnr: Tensor) -> Tensor:

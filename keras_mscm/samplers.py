@@ -213,6 +213,9 @@ class ADDIM(DDIM):
 
     x_var: Variance = F.analytic_x_var
 
+    def __post_init__(self):
+        checks.check_function("x_var", self.x_var, "a function of log-SNR")
+
     def step_x(self, x, z_t, logsnr_t, logsnr_s, x_var, denoise):
         return F.addim_x(x, z_t, logsnr_t, logsnr_s, x_var)
 
@@ -250,6 +253,9 @@ class NoisyDDIM(Sampler):
 
     stochastic = True
     x_var: Variance = F.analytic_x_var
+
+    def __post_init__(self):
+        checks.check_function("x_var", self.x_var, "a function of log-SNR")
 
     def step(self, x, z_t, logsnr_t, logsnr_s, denoise, seed):
         deviation = F.expand(ops.sqrt(self.x_var(logsnr_t)), x)

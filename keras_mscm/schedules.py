@@ -6,15 +6,36 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
 
+# A float32's exponential is finite and not 0 up to here.
+_LOGSNR_BOUND = 80
 
-def _check_positive(**arguments: float) -> None:
-    for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(
-                f"`{name}` must be positive. Received: {name}={value}"
-            )
+
+def _bounds(logsnr_min: Any, logsnr_max: Any) -> tuple[float, float]:
+    """The two as numbers; raises unless the one is below the other."""
+    allowed = f"a number in [-{_LOGSNR_BOUND}, {_LOGSNR_BOUND}]"
+    low, high = (
+        checks.check_number(name, value, -_LOGSNR_BOUND, allowed, _LOGSNR_BOUND)
+        for name, value in (
+            ("logsnr_min", logsnr_min),
+            ("logsnr_max", logsnr_max),
+        )
+    )
+    # Nearer than this, times of a fine grid would share a log-SNR in float32.
+    if not high - low >= 1e-2:
+        raise ValueError(
+            "`logsnr_min` must be below `logsnr_max` by 0.01 or more. "
+            f"Received: logsnr_min={logsnr_min}, logsnr_max={logsnr_max}"
+        )
+    return low, high
+
+
+def _resolution(name: str, value: Any) -> float:
+    return checks.check_number(
+        name, value, 1e-3, "a positive number in [0.001, 2**20]", 2**20
+    )
 
 
 class NoiseSchedule:
@@ -61,11 +82,12 @@ class CosineSchedule(NoiseSchedule):
     2022; Hoogeboom et al., 2023).
 
     Args:
-        logsnr_min: Log-SNR at t = 1.
-        logsnr_max: Log-SNR at t = 0.
+        logsnr_min: Log-SNR at t = 1, from -80 to 80.
+        logsnr_max: Log-SNR at t = 0, from -80 to 80.
 
     Raises:
-        ValueError: If `logsnr_min` is not below `logsnr_max`.
+        ValueError: If one is out of its range, or `logsnr_min` is not below
+            `logsnr_max`.
 
     Example:
 
@@ -74,14 +96,9 @@ class CosineSchedule(NoiseSchedule):
     """
 
     def __init__(self, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0):
-        if not logsnr_min < logsnr_max:
-            raise ValueError(
-                "`logsnr_min` must be below `logsnr_max`. Received: "
-                f"logsnr_min={logsnr_min}, logsnr_max={logsnr_max}"
-            )
-        self.logsnr_min, self.logsnr_max = logsnr_min, logsnr_max
-        self._angle_0 = math.atan(math.exp(-logsnr_max / 2))
-        self._angle_1 = math.atan(math.exp(logsnr_min / 2))
+        self.logsnr_min, self.logsnr_max = _bounds(logsnr_min, logsnr_max)
+        self._angle_0 = math.atan(math.exp(-self.logsnr_max / 2))
+        self._angle_1 = math.atan(math.exp(self.logsnr_min / 2))
 
     def __call__(self, t: Tensor) -> Tensor:
         t = ops.convert_to_tensor(t, "float32")
@@ -121,11 +138,12 @@ class ShiftedCosineSchedule(CosineSchedule):
         logsnr_max: float = 15.0,
     ):
         super().__init__(logsnr_min=logsnr_min, logsnr_max=logsnr_max)
-        _check_positive(
-            image_resolution=image_resolution, noise_resolution=noise_resolution
+        self.image_resolution = _resolution(
+            "image_resolution", image_resolution
         )
-        self.image_resolution = image_resolution
-        self.noise_resolution = noise_resolution
+        self.noise_resolution = _resolution(
+            "noise_resolution", noise_resolution
+        )
 
     def __call__(self, t: Tensor) -> Tensor:
         shift = 2 * math.log(self.noise_resolution / self.image_resolution)
@@ -168,14 +186,15 @@ class InterpolatedCosineSchedule(CosineSchedule):
         logsnr_max: float = 15.0,
     ):
         super().__init__(logsnr_min=logsnr_min, logsnr_max=logsnr_max)
-        _check_positive(
-            image_resolution=image_resolution,
-            noise_resolution_low=noise_resolution_low,
-            noise_resolution_high=noise_resolution_high,
+        self.image_resolution = _resolution(
+            "image_resolution", image_resolution
         )
-        self.image_resolution = image_resolution
-        self.noise_resolution_low = noise_resolution_low
-        self.noise_resolution_high = noise_resolution_high
+        self.noise_resolution_low = _resolution(
+            "noise_resolution_low", noise_resolution_low
+        )
+        self.noise_resolution_high = _resolution(
+            "noise_resolution_high", noise_resolution_high
+        )
 
     def __call__(self, t: Tensor) -> Tensor:
         t = ops.convert_to_tensor(t, "float32")
@@ -216,13 +235,23 @@ class KarrasSchedule(NoiseSchedule):
         sigma_max: float = 80.0,
         rho: float = 7.0,
     ):
-        _check_positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        if not sigma_min < sigma_max:
-            raise ValueError(
-                "`sigma_min` must be below `sigma_max`. Received: "
-                f"sigma_min={sigma_min}, sigma_max={sigma_max}"
+        self.sigma_min, self.sigma_max = (
+            checks.check_number(
+                name, value, 1e-15, "a positive number in [1e-15, 1e15]", 1e15
             )
-        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+            for name, value in (
+                ("sigma_min", sigma_min),
+                ("sigma_max", sigma_max),
+            )
+        )
+        self.rho = checks.check_number(
+            "rho", rho, 0.1, "a positive number in [0.1, 100]", 100
+        )
+        if not self.sigma_min * 1.01 <= self.sigma_max:
+            raise ValueError(
+                "`sigma_min` must be below `sigma_max` by 1 % or more. "
+                f"Received: sigma_min={sigma_min}, sigma_max={sigma_max}"
+            )
 
     def __call__(self, t: Tensor) -> Tensor:
         t = ops.convert_to_tensor(t, "float32")

@@ -171,19 +171,19 @@ def test_interpolation_meets_the_shifted_schedules_at_the_ends():
         ),
         (
             lambda: schedules.CosineSchedule(logsnr_max=float("nan")),
-            "`logsnr_min` must be below",
+            "`logsnr_max` must be a number",
         ),
         (
             lambda: schedules.ShiftedCosineSchedule(
                 image_resolution=0, noise_resolution=32
             ),
-            "`image_resolution` must be positive",
+            "`image_resolution` must be a positive number",
         ),
         (
             lambda: schedules.ShiftedCosineSchedule(
                 image_resolution=64, noise_resolution=-1
             ),
-            "`noise_resolution` must be positive",
+            "`noise_resolution` must be a positive number",
         ),
         (
             lambda: schedules.ShiftedCosineSchedule(
@@ -204,7 +204,7 @@ def test_interpolation_meets_the_shifted_schedules_at_the_ends():
                         bad: 0,
                     }
                 ),
-                f"`{bad}` must be positive",
+                f"`{bad}` must be a positive number",
             )
             for bad in (
                 "image_resolution",
@@ -215,7 +215,7 @@ def test_interpolation_meets_the_shifted_schedules_at_the_ends():
         *[
             (
                 lambda bad=bad: schedules.KarrasSchedule(**{bad: -0.1}),
-                f"`{bad}` must be positive",
+                f"`{bad}` must be a positive number",
             )
             for bad in ("sigma_min", "sigma_max", "rho")
         ],
