@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_mscm.backend.framework import NAME
 
@@ -69,6 +70,19 @@ def shares(model: keras.Model) -> int:
     if distribution.auto_shard_dataset:  # Keras is given the whole batch
         return replicas
     return max(replicas // distribution.num_processes, 1)
+
+
+def integer(variable: keras.Variable) -> int:
+    """The integer that a scalar variable holds, as Python's.
+
+    Under a strategy of `tf.distribute` `int(variable)` fails, because Python
+    looks `__int__` up in the class, and TensorFlow's class of mirrored
+    variables forwards only what is looked up in the object.
+
+    Args:
+        variable: The variable, on one device or several.
+    """
+    return int(ops.convert_to_numpy(variable))
 
 
 def lies_on(variable: keras.Variable, distribution: Any) -> bool:
