@@ -13,7 +13,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mscm import DenoisingModel, DiffusionModel, UViT, preset_files
+from keras_mscm import (
+    DenoisingModel,
+    DiffusionModel,
+    MultistepConsistencyModel,
+    UViT,
+    preset_files,
+)
 from keras_mscm import presets as listed
 from keras_mscm.preset_files import folder as folder_module
 from keras_mscm.preset_files import load_model, load_network, untrusted
@@ -247,6 +253,7 @@ network.save_to_preset(sys.argv[1])
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("when", ["while it is written", "between renamings"])
 def test_a_kill_loses_nothing(tiny_uvit, tmp_path, when):
     preset = tmp_path / "preset"
@@ -376,6 +383,16 @@ def test_a_callers_unknown_keyword_is_named(cls):
     # A ValueError, as Keras raises it of any model.
     with pytest.raises(ValueError, match="'widdths'"):
         cls.from_preset("digits", load_weights=False, widdths=(3,))
+
+
+def test_a_network_alone_is_no_model_of_no_algorithm():
+    with pytest.raises(ValueError, match=r"DenoisingModel.*names no class"):
+        DenoisingModel.from_preset("digits", load_weights=False)
+
+
+def test_a_callers_network_is_one():
+    with pytest.raises(ValueError, match="`network` must be a Keras layer"):
+        DiffusionModel.from_preset("digits", network=5)
 
 
 def test_a_callers_bad_argument_is_named():
@@ -517,6 +534,21 @@ def test_a_task_of_no_model(preset, cls, changed, says):
         ValueError, match=rf"task\.json.*{says}|{says}.*task\.json"
     ):
         cls.from_preset(preset)
+
+
+def test_a_task_that_lacks_an_argument(tiny_uvit, tmp_path):
+    student = MultistepConsistencyModel(tiny_uvit(), student_steps=2)
+    student.save_to_preset(tmp_path / "student")
+    path = tmp_path / "student" / "task.json"
+    task = json.loads(path.read_text())
+    del task["config"]["student_steps"]
+    path.write_text(json.dumps(task))
+    for kwargs in ({}, {"eta": 0.5}):
+        with pytest.raises(ValueError, match=r"task\.json.*student_steps"):
+            MultistepConsistencyModel.from_preset(path.parent, **kwargs)
+    # Where it is the caller who should give it, Python says so.
+    with pytest.raises(TypeError, match="student_steps"):
+        MultistepConsistencyModel.from_preset("colour64", load_weights=False)
 
 
 def test_a_truncated_file_of_weights(preset):

@@ -504,6 +504,24 @@ def a_huge_unchunked_array(folder):
     return make
 
 
+def many_arrays_that_are_not_stored(folder):
+    def make(file, path):
+        for i in range(400):  # of 63 MiB each, which alone may be
+            file.create_dataset(f"{path}_{i}", (63 * 2**18,), "float32")
+        file.create_dataset(path, (16, 16), "float32")
+
+    return make
+
+
+def one_array_many_times(folder):
+    def make(file, path):
+        file.create_dataset(path, data=np.zeros(2**20, "float32"))
+        for i in range(100):
+            file[f"{path}_{i}"] = file[path]
+
+    return make
+
+
 def strings(folder):
     def make(file, path):
         file[path] = np.array(["a", "b"], dtype=h5py.string_dtype())
@@ -526,7 +544,15 @@ LINKS = [an_external_link, a_soft_link, an_external_array, a_virtual_array]
 SIZES = [a_huge_array, a_huge_unchunked_array]
 
 
-@pytest.mark.parametrize("kind", [*LINKS, *SIZES, strings, a_circle])
+OTHERS = [
+    many_arrays_that_are_not_stored,
+    one_array_many_times,
+    strings,
+    a_circle,
+]
+
+
+@pytest.mark.parametrize("kind", [*LINKS, *SIZES, *OTHERS])
 def test_weights_that_are_not_in_their_file(preset, tmp_path, kind):
     a_secret(tmp_path)
     path = preset / "model.weights.h5"

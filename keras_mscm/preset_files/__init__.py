@@ -146,6 +146,7 @@ def load_network(
         stored = weights.check_file(folder / WEIGHTS)
         # More by some, as layers may keep weights out of files.
         limit = max(2.0**30, 4.0 * stored * untrusted.BYTES)
+        limit = min(limit, untrusted.memory())
 
     def make():
         # A copy, as Keras takes a functional model's configuration apart.
@@ -215,6 +216,8 @@ def load_model(
         lambda: {k: untrusted.deserialize(v) for k, v in config.items()},
     )
     network = kwargs.pop("network", None)
+    if network is not None and not isinstance(network, keras.Layer):
+        raise checks.invalid("network", "a Keras layer or model", network)
     if network is None:
         dtype = {"dtype": kwargs["dtype"]} if "dtype" in kwargs else {}
         network = load_network(keras.Layer, preset, load_weights, **dtype)
@@ -225,8 +228,9 @@ def load_model(
         # As from a file, so that it may be one of an older version.
         return kind.from_config({**copy.deepcopy(config), "network": network})
     except TypeError as error:
-        if not any(f"'{name}'" in str(error) for name in config):
-            raise  # for the caller's arguments
+        named = any(f"'{name}'" in str(error) for name in kwargs)
+        if named or task.get("registered_name") is None:
+            raise  # what the caller gives, or should
         raise _unfit(path, kind, error) from error
     except ValueError as error:
         if kwargs or not config:
@@ -243,6 +247,13 @@ def _unfit(path: Path, kind: type, error: Exception) -> ValueError:
 
 def _class_of_task(cls: type, path: Path, registered_name: Any) -> Any:
     if registered_name is None:
+        if not hasattr(cls, "default_weighting"):
+            raise ValueError(
+                "`preset` must hold a model for one of whatever class: "
+                f"{cls.__name__} is none that can be trained. Received: {path}"
+                ", which names no class: ask `DiffusionModel.from_preset`, or "
+                "that of another algorithm"
+            )
         return cls
     kind: Any = None
     if isinstance(registered_name, str):

@@ -1,5 +1,6 @@
 """A preset's folder: where it is, what it holds, and how it is replaced."""
 
+import glob
 import json
 import os
 import shutil
@@ -46,7 +47,8 @@ def find(preset: str | os.PathLike) -> Path:
     try:
         if (path / CONFIG).is_file():
             return path
-        left = [*path.parent.glob(f".{path.name}.*/*/{CONFIG}")]
+        beside = f".{glob.escape(path.name)}.*/*/{CONFIG}"
+        left = [*path.parent.glob(beside)]
     except (OSError, ValueError):  # too long a name, or not to be entered
         left = []
     hint = ""

@@ -32,7 +32,12 @@ def check_file(path: Path) -> int:
     """
     try:
         with h5py.File(path, "r") as file:
-            return sum(map(_count, _items(file, {_address(file)})))
+            arrays = [*_items(file, {_address(file)})]
+            count = sum(map(_count, arrays))
+            declared = sum(array.nbytes for array in arrays)
+        if declared > max(_SMALL, _MOST * path.stat().st_size):
+            raise ValueError(f"arrays of {declared:,} bytes, more than it is")
+        return count
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must be a whole file of weights, as `save_to_preset` "
@@ -53,13 +58,14 @@ def _items(group: h5py.Group, seen: set[int]) -> Iterator[h5py.Dataset]:
             if not isinstance(link, h5py.HardLink):
                 raise ValueError(f"a {type(link).__name__}, {name!r}")
             item = group[name]
-            if isinstance(item, h5py.Dataset):
-                yield item
-            elif not isinstance(item, h5py.Group) or _address(item) in seen:
-                raise ValueError(f"{item} as {name!r}")
-            else:
-                seen.add(_address(item))
+            kinds = h5py.Dataset, h5py.Group
+            if not isinstance(item, kinds) or _address(item) in seen:
+                raise ValueError(f"{item} as {name!r}, or once more")
+            seen.add(_address(item))
+            if isinstance(item, h5py.Group):
                 groups.append(item)
+            else:
+                yield item
 
 
 def _count(array: h5py.Dataset) -> int:

@@ -4,6 +4,8 @@ import pytest
 
 from keras_mscm.callbacks.atomic_file import write_atomically
 
+pytestmark = pytest.mark.once
+
 
 def write(path, text="new"):
     write_atomically(path, lambda new: new.write_text(text), ".txt")
