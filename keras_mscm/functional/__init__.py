@@ -4,7 +4,7 @@ Nothing here knows a model or a variable. Times are handed over as
 log-SNR values of shape `(batch,)`; images have shape `(batch, ...)`.
 """
 
-from keras_mscm.functional.annealing import teacher_steps
+from keras_mscm.functional.annealing import suggested_annealing, teacher_steps
 from keras_mscm.functional.consistency import consistency_target, segment_times
 from keras_mscm.functional.ddim import (
     addim,
@@ -42,6 +42,7 @@ __all__ = [
     "predict_x",
     "segment_times",
     "sigma",
+    "suggested_annealing",
     "teacher_steps",
     "threefry_2x32",
 ]

@@ -51,3 +51,54 @@ def test_teacher_steps_of_an_integer_weight():
         iteration.assign(i)
         got = F.teacher_steps(iteration.value, start, end, iterations)
         np.testing.assert_allclose(got, paper(i, 64, 1280, 10), rtol=1e-6)
+
+
+# What suits a run.
+
+RUNS = [
+    1,
+    2,
+    3,
+    10,
+    11,
+    100,
+    300,
+    1500,
+    10_000,
+    65_537,
+    199_999,
+    200_000,
+    10**7,
+]
+
+
+@pytest.mark.parametrize("student_steps", range(1, 17))
+def test_suggested_annealing_at_the_paper_s_budget(student_steps):
+    suggested = F.suggested_annealing(200_000, student_steps)
+    assert suggested == (64, 1280, 100_000)
+    # A longer run has no more teacher steps, and half of itself for them.
+    longer = F.suggested_annealing(1_000_000, student_steps)
+    assert longer == (64, 1280, 500_000)
+
+
+@pytest.mark.parametrize("student_steps", [1, 2, 3, 8, 16, 100, 3000])
+def test_suggested_annealing_is_one_that_a_model_takes(student_steps):
+    before = (0, 0, 0)
+    for run in RUNS:
+        suggested = F.suggested_annealing(run, student_steps)
+        start, end, iterations = suggested
+        assert student_steps <= start < end
+        assert iterations == max(1, run // 2)
+        assert all(isinstance(number, int) for number in suggested)
+        # It grows with the run, and is told again by the iterations alone.
+        assert all(b <= a for b, a in zip(before, suggested, strict=True))
+        assert F.suggested_annealing(2 * iterations, student_steps) == suggested
+        before = suggested
+
+
+@pytest.mark.parametrize("name", ["run", "student_steps"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "8", None, math.nan])
+def test_suggested_annealing_of_bad_arguments(name, value):
+    arguments = {"run": 300, "student_steps": 8, name: value}
+    with pytest.raises(ValueError, match=f"`{name}`.*at least 1.*{name}="):
+        F.suggested_annealing(**arguments)
