@@ -2,19 +2,29 @@
 
 import json
 import math
-import numbers
 import os
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+from keras import ops
 
 from keras_mscm import checks
+from keras_mscm.callbacks import own_files
 from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
 
 SUFFIX = ".weights.h5"
+#: What the best weights say of themselves, within the file.
+MARK = "keras_mscm.EvaluateSamples"
+#: Names that an evaluation or an epoch's logs hold already.
+TAKEN = ("iteration", "loss", "val_loss")
+#: Bytes that HDF5 needs for each variable beside its numbers, and to spare.
+SLACK = 8192
 
 
 class EvaluateSamples(SamplingCallback):
@@ -28,21 +38,29 @@ class EvaluateSamples(SamplingCallback):
     A resumed training goes on where it was: it is told by the model's
     iteration, and the best number so far is read from a file beside the
     weights. Put this callback after `BackupAndRestore`, or before
-    `ResumeTraining`. A training from iteration 0 begins anew and replaces what
-    is there.
+    `ResumeTraining`. A training from iteration 0 begins anew and replaces the
+    best weights that an earlier one has left; results it appends to what is
+    there. (What a resumed training does again stands there twice.)
+
+    Files that are not of this callback are never replaced or appended to, but
+    refused before training starts. If a file can't be written (the disk being
+    full, say), a warning is given, and training goes on.
 
     Args:
         metrics: Metrics such as those of `keras_mscm.metrics`: anything with a
-            `name`, `update_state(images)`, `result()` (a number, or a
-            dictionary with `"value"`) and `reset_state()`; `min_samples`, if
-            there is one, says how many images it takes.
-        every: Iterations, which are optimizer updates, between evaluations.
-        num_images: Images per evaluation. Compare only numbers of equally many.
+            `name` (of its own, and not "iteration", "loss" or "val_loss"),
+            `update_state(images)`, `result()` (a number, or a dictionary with
+            `"value"`) and `reset_state()`; `min_samples`, if there is one,
+            says how many images it takes.
+        every: Iterations, which are optimizer updates, between evaluations; at
+            least 1.
+        num_images: Images per evaluation, at least 1. Compare only numbers of
+            equally many.
         labels: Their classes, `(num_images,)`; 0, 1, ... in turn by default.
         context: Sequence conditioning, `(num_images, length, context_width)`.
         context_mask: Which of it counts, `(num_images, length)`.
-        batch_size: Images that are drawn at a time.
-        seed: Seed of the noise.
+        batch_size: Images that are drawn at a time, at least 1.
+        seed: Seed of the noise, an integer in 0..2**31 - 3.
         best_weights: File to keep the best weights in, `*.weights.h5`, for
             `load_weights`; all of the model's, also those in training. What it
             scored stands beside it, in `*.weights.h5.json`. None keeps none.
@@ -56,11 +74,14 @@ class EvaluateSamples(SamplingCallback):
 
     Attributes:
         history: Of each evaluation the iteration and every metric's result.
-        best: The best one, or None.
+        best: The best one, or None: of those whose weights could be kept, where
+            these are to be.
 
     Raises:
         ValueError: If an argument is out of its range; when training begins,
-            if they don't suit the model.
+            if they don't suit the model, or where files are to go nothing can
+            be written, or something else lies; at the first evaluation, if a
+            metric's result is no number.
 
     Example:
 
@@ -98,40 +119,28 @@ class EvaluateSamples(SamplingCallback):
             seed,
             generate_with,
         )
-        needed = ("name", "update_state", "result", "reset_state")
-        is_list = isinstance(metrics, (list, tuple)) and len(metrics) > 0
-        if not is_list or not all(
-            hasattr(metric, name) for metric in metrics for name in needed
-        ):
-            raise ValueError(
-                f"`metrics` must be a list of objects with {needed}. Received: "
-                f"metrics={metrics!r}"
-            )
-        names = tuple(metric.name for metric in metrics)
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"`metrics` must have names of their own. Received: {names}"
-            )
-        for metric in metrics:
+        self.metrics = _checked(metrics)
+        names = tuple(metric.name for metric in self.metrics)
+        for metric in self.metrics:
             least = getattr(metric, "min_samples", 1)
-            if num_images < least:
+            if self.num_images < least:
                 raise ValueError(
                     f"`num_images` must be at least {least} for the metric "
                     f"{metric.name!r}. Received: num_images={num_images}"
                 )
         monitor = names[0] if monitor is None else monitor
-        checks.check_choice("monitor", monitor, names)
-        checks.check_choice("mode", mode, ("min", "max"))
+        self.monitor = checks.check_choice("monitor", monitor, names)
+        self.mode = checks.check_choice("mode", mode, ("min", "max"))
         if best_weights is not None:
-            best_weights = Path(best_weights)
+            best_weights = checks.check_path("best_weights", best_weights)
             if not best_weights.name.endswith(SUFFIX):
                 raise ValueError(
                     f"`best_weights` must end in {SUFFIX}. Received: "
                     f"best_weights={os.fspath(best_weights)!r}"
                 )
-        self.metrics, self.monitor, self.mode = list(metrics), monitor, mode
-        self.best_weights = best_weights
-        self.results = None if results is None else Path(results)
+        if results is not None:
+            results = checks.check_path("results", results)
+        self.best_weights, self.results = best_weights, results
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
 
@@ -139,12 +148,47 @@ class EvaluateSamples(SamplingCallback):
     def _record(self) -> Path:
         return Path(f"{self.best_weights}.json")
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Checks the model, and that the files can be written."""
+        super().on_train_begin(logs)
+        if self.best_weights is not None:
+            folder = self.best_weights.parent
+            own_files.check_folder("best_weights", folder)
+            self._read_record(self.best_weights)
+            for path in (self.best_weights, self._record):
+                own_files.remove_leftovers(folder, re.escape(path.name))
+        if self.results is not None:
+            own_files.check_folder("results", self.results.parent)
+            _check_results(self.results)
+
+    def _read_record(self, path: Path) -> dict[str, Any] | None:
+        """What an earlier training has kept; raises if something else is."""
+        record = None
+        if own_files.is_there(self._record):
+            record = _parsed(_text_of(self._record))
+            if record is None or not self._is_comparable(record):
+                what = "an earlier training's best number"
+                raise own_files.foreign("best_weights", self._record, what)
+        if own_files.is_there(path):
+            # Which the record is behind, if the process was killed in between.
+            record = _parsed(_mark_of(path)) or record
+            if record is None or not path.is_file():
+                what = "an earlier training's best weights"
+                raise own_files.foreign("best_weights", path, what)
+        return record
+
+    def _is_comparable(self, record: dict[str, Any]) -> bool:
+        """Whether it has a number to compare with, or is of other metrics."""
+        if self.monitor not in record:
+            return True
+        return math.isfinite(_value(self.monitor, record[self.monitor]))
+
     def on_first_iteration(self, iteration: int) -> None:
         """Finds out what was best, if this training goes on with another."""
         self.history, self.best = [], None
-        if iteration and self.best_weights and self._record.is_file():
-            self.best = json.loads(self._record.read_text("utf-8"))
-            if self.monitor not in self.best:
+        if iteration and self.best_weights is not None:
+            self.best = self._read_record(self.best_weights)
+            if self.best is not None and self.monitor not in self.best:
                 raise ValueError(
                     f"`monitor` must be what {self._record} says of the "
                     "training that is resumed. Received: monitor="
@@ -161,30 +205,43 @@ class EvaluateSamples(SamplingCallback):
         evaluation: dict[str, Any] = {"iteration": iteration}
         for metric in self.metrics:
             evaluation[metric.name] = _plain(metric.result())
+            _value(metric.name, evaluation[metric.name])
             metric.reset_state()
         self.history.append(evaluation)
-        if self.results is not None:
-            self.results.parent.mkdir(parents=True, exist_ok=True)
-            with self.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(evaluation) + "\n")
-        if self._is_better(_value(evaluation[self.monitor])):
-            self.best = evaluation
-            if self.best_weights is not None:
-                self._save(self.best_weights)
+        try:
+            if self.results is not None:
+                _append(self.results, json.dumps(evaluation) + "\n")
+            if self._is_better(evaluation):
+                if self.best_weights is not None:
+                    self._save(self.best_weights, evaluation)
+                self.best = evaluation
+        except OSError as error:
+            warnings.warn(
+                f"The evaluation of iteration {iteration}, or its weights, "
+                f"could not be written; training goes on: {error}",
+                stacklevel=2,
+            )
 
-    def _is_better(self, value: float) -> bool:
+    def _is_better(self, evaluation: dict[str, Any]) -> bool:
+        value = _value(self.monitor, evaluation[self.monitor])
         if not math.isfinite(value):
             return False
         if self.best is None:
             return True
-        best = _value(self.best[self.monitor])
+        best = _value(self.monitor, self.best[self.monitor])
         return value < best if self.mode == "min" else value > best
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, evaluation: dict[str, Any]) -> None:
+        def write(file):
+            own_files.check_space(file.parent, self.model, SLACK)
+            self.model.save_weights(file)
+            with h5py.File(file, "a") as opened:
+                opened.attrs[MARK] = json.dumps(evaluation)
+
         # The weights first: a record without its weights would be a lie, while
         # weights better than the record are at worst replaced too easily.
-        write_atomically(path, self.model.save_weights, SUFFIX)
-        text = json.dumps(self.best, indent=2) + "\n"
+        write_atomically(path, write, SUFFIX)
+        text = json.dumps(evaluation, indent=2) + "\n"
         write_atomically(
             self._record, lambda new: new.write_text(text, "utf-8"), ".json"
         )
@@ -194,26 +251,136 @@ class EvaluateSamples(SamplingCallback):
         super().on_epoch_end(epoch, logs)
         if self.history and logs is not None:
             for metric in self.metrics:
-                logs[metric.name] = _value(self.history[-1][metric.name])
+                latest = self.history[-1][metric.name]
+                logs[metric.name] = _value(metric.name, latest)
+
+
+def _checked(metrics: Any) -> list:
+    """The metrics, if they are some."""
+    needed = ("name", "update_state", "result", "reset_state")
+    if (
+        not isinstance(metrics, (list, tuple))
+        or not metrics
+        or not all(
+            hasattr(metric, name) and not isinstance(metric, type)
+            for metric in metrics
+            for name in needed
+        )
+    ):
+        raise checks.invalid(
+            "metrics", f"a list of objects with {needed}", metrics
+        )
+    names = [metric.name for metric in metrics]
+    if (
+        not all(isinstance(name, str) for name in names)
+        or len(set(names)) < len(names)
+        or set(names) & {*TAKEN}
+    ):
+        raise ValueError(
+            "`metrics` must have names of their own, strings other than "
+            f"{TAKEN}. Received: {names}"
+        )
+    return [*metrics]
 
 
 def _plain(result: Any) -> Any:
     """A metric's result as JSON can hold it."""
     if isinstance(result, dict):
         return {key: _plain(value) for key, value in result.items()}
-    if result is None or isinstance(result, (str, bool, int)):
+    if hasattr(result, "shape"):
+        result = ops.convert_to_numpy(result)
+        return result.item() if result.size == 1 else result.tolist()
+    if result is None or isinstance(result, (str, bool, int, float)):
         return result
-    if isinstance(result, numbers.Number) or hasattr(result, "shape"):
-        return float(result)
     return str(result)
 
 
-def _value(result: Any) -> float:
-    if isinstance(result, dict):
-        if "value" not in result:
-            raise ValueError(
-                "`metrics` must return a number or a dictionary with 'value'. "
-                f"Received: {sorted(result)}"
-            )
-        result = result["value"]
-    return float(result)
+def _value(name: str, result: Any) -> float:
+    """The number that a metric's result is, or has as its "value"."""
+    value = result.get("value") if isinstance(result, dict) else result
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            "`metrics` must return a number or a dictionary with 'value', a "
+            f"number. Received: {checks.describe(result)} of the metric "
+            f"{name!r}"
+        )
+    return float(value)
+
+
+# Files.
+
+
+def _text_of(path: Path) -> str:
+    """What is in a file; nothing, if that isn't text."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """An evaluation, if that is what it says."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    try:
+        checks.check_integer("iteration", found.get("iteration"), 0)
+        for name in {*found} - {"iteration"}:
+            _value(name, found[name])
+    except ValueError:
+        return None
+    return found if len(found) > 1 else None
+
+
+def _mark_of(path: Path) -> str:
+    """What best weights say of themselves; nothing, if they are none."""
+    try:
+        with h5py.File(path, "r") as opened:
+            return str(opened.attrs.get(MARK, ""))
+    except OSError:
+        return ""
+
+
+def _check_results(path: Path) -> None:
+    """Raises unless there is a file of evaluations, or none.
+
+    A last line that a killed process or a full disk has cut off is taken away,
+    because the next one would be joined to it.
+    """
+    if not own_files.is_there(path):
+        return
+    error = own_files.foreign("results", path, "evaluations")
+    try:
+        with path.open("r+b") as file:
+            content = file.read()
+            lines = content.split(b"\n")
+            last = lines.pop()
+            if not all(_parsed(line.decode("utf-8")) for line in lines):
+                raise error
+            if last and _parsed(last.decode("utf-8", "replace")):
+                file.write(b"\n")
+            elif last:
+                begin = b'{"iteration": '
+                if last[: len(begin)] != (
+                    begin[: len(last)] if lines else begin
+                ):
+                    raise error
+                file.truncate(len(content) - len(last))
+    except (OSError, UnicodeDecodeError) as cause:
+        raise error from cause
+
+
+def _append(path: Path, line: str) -> None:
+    """Appends a line, all of it or nothing."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        content = line.encode("utf-8")
+        try:
+            if file.write(content) < len(content):
+                raise OSError(f"no room for a line in {path}")
+        except OSError:
+            file.truncate(end)
+            raise

@@ -1,28 +1,23 @@
 """Training that goes on where it was interrupted."""
 
 import contextlib
-import hashlib
 import itertools
-import json
 import math
 import os
-import shutil
 import signal
 import threading
+import uuid
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_mscm import backend, checks
-from keras_mscm.callbacks.atomic_file import write_atomically
+from keras_mscm.callbacks import own_files, saves
 from keras_mscm.models import DenoisingModel
 
-POSITION = "position.json"
 KEPT = 2
 
 
@@ -39,8 +34,13 @@ class ResumeTraining(keras.callbacks.Callback):
     average, the optimizer, the iteration, the annealing and the model's random
     states. Within is one more file, `position.json`: epoch and batch, the
     running means of the metrics, the random states of Python, NumPy and
-    PyTorch, and a checksum of the teacher, whose weights are not in the file.
-    The last two saves are kept.
+    PyTorch, which training and what model it is of, and a checksum of the
+    teacher, whose weights are not in the file. The last two saves are kept.
+
+    Nothing is removed or replaced but this training's own saves. Other files
+    may lie in the directory: what isn't named like a save is left alone, and
+    what is, but can't be read or is none, is reported and stays. (A save that
+    would have its name gets one zero more.)
 
     - A process that is killed, even while it saves, loses what it did after the
       last save. A save that can't be read any more is reported, and the one
@@ -72,11 +72,14 @@ class ResumeTraining(keras.callbacks.Callback):
 
     Args:
         directory: Where the saves go. One for each training.
-        save_freq: `"epoch"`, or the number of batches between saves.
+        save_freq: `"epoch"`, or the number of batches between saves, at least
+            1.
 
     Raises:
-        ValueError: If `save_freq` is neither; when training begins, if the
-            model is no `DenoisingModel`, or not what was saved, or its teacher
+        ValueError: If `directory` is no path, or `save_freq` neither; when
+            training begins, if nothing can be written into `directory`, or the
+            model is no `DenoisingModel`, or not what was saved (of another
+            class, network, schedule, prediction or optimizer), or its teacher
             is another one.
         OSError: When training begins, if there are saves, but none that can be
             read.
@@ -91,15 +94,21 @@ class ResumeTraining(keras.callbacks.Callback):
         self, directory: str | os.PathLike, save_freq: int | str = "epoch"
     ):
         super().__init__()
-        if save_freq != "epoch":
-            checks.check_positive_integer("save_freq", save_freq)
-        self.directory, self.save_freq = Path(directory), save_freq
+        if not isinstance(save_freq, str) or save_freq != "epoch":
+            try:
+                save_freq = checks.check_positive_integer(
+                    "save_freq", save_freq
+                )
+            except ValueError:
+                allowed = '"epoch" or an integer of at least 1'
+                raise checks.invalid("save_freq", allowed, save_freq) from None
+        self.directory = checks.check_path("directory", directory)
+        self.save_freq = save_freq
 
     @property
     def saves(self) -> list[Path]:
-        """The files that there are, the latest last."""
-        files = self.directory.glob("[0-9]*.keras")
-        return sorted(files, key=lambda path: int(path.stem))
+        """What is named like a save, the latest last."""
+        return saves.named_like_saves(self.directory)
 
     @contextlib.contextmanager
     def during_fit(self, model: Any, data: Any) -> Iterator[None]:
@@ -154,17 +163,21 @@ class ResumeTraining(keras.callbacks.Callback):
                 "`ResumeTraining` must be used with a DenoisingModel. "
                 f"Received: {type(model).__name__}"
             )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.directory.glob(".*.keras.*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        own_files.check_folder("directory", self.directory)
+        own_files.remove_leftovers(self.directory, saves.NAMES)
         self._steps_per_execution = model.steps_per_execution
-        self._teacher = _checksum(model)
+        self._teacher = saves.checksum(model)
+        self._model_saved = saves.description(model)
         self._restored = position = self._restore()
-        self._passed_over = 0
+        self._passed_over, self._warned = 0, False
+        self._first_epoch: int | None = None
+        self._training = uuid.uuid4().hex
         if position is None:
             self._batches_before = self._last_save = 0
             self._data_epoch = getattr(self._data, "epoch", 0)
             return
+        self._first_epoch = position.get("first_epoch", position["epoch"])
+        self._training = position.get("training", self._training)
         self._batches_before = position["batches_before"]
         self._last_save = self._batches_before + position["batch"]
         self._data_epoch = position["data_epoch"]
@@ -180,6 +193,8 @@ class ResumeTraining(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Begins an epoch; an interrupted one as it was begun before."""
         self._epoch, self._batch = epoch, 0
+        if self._first_epoch is None:
+            self._first_epoch = epoch
         position, self._restored = self._restored, None
         if position is None or not position["batch"]:
             self._random_of_epoch = backend.host_random_states()
@@ -191,11 +206,6 @@ class ResumeTraining(keras.callbacks.Callback):
         self._passed_over = position["batch"]
         model = self.model
         means = position["metrics"]
-        if len(means) != len(model.metrics_variables):
-            raise ValueError(
-                "`compile` must be given the metrics that the interrupted "
-                "epoch was begun with. Received: others"
-            )
         for variable, value in zip(model.metrics_variables, means):
             variable.assign(value)
         self._logs = model.get_metrics_result()
@@ -255,100 +265,92 @@ class ResumeTraining(keras.callbacks.Callback):
         """Where training is: `batch` batches of `epoch` are done."""
         random = backend.host_random_states()
         return {
+            "training": self._training,
+            "model": self._model_saved,
+            "iteration": backend.integer(self.model.iteration),
             "epoch": epoch,
             "batch": batch,
+            "first_epoch": self._first_epoch,
             "batches_before": self._batches_before,
             "data_epoch": self._data_epoch,
             "teacher": self._teacher,
-            "metrics": [
-                ops.convert_to_numpy(variable).tolist()
-                for variable in self.model.metrics_variables
-            ],
+            "metrics": saves.running_means(self.model),
             "random": random,
             "random_of_epoch": self._random_of_epoch if batch else random,
         }
 
     def _save(self, position: dict[str, Any]) -> None:
-        model = self.model
         self._last_save = position["batches_before"] + position["batch"]
-        if _is_finite(model):
-            path = self.directory / f"{int(model.iteration):08d}.keras"
-
-            def write(file):
-                model.save(file)
-                with zipfile.ZipFile(file, "a") as archive:
-                    archive.writestr(POSITION, json.dumps(position))
-
-            try:
-                write_atomically(path, write, ".keras")
-                for old in self.saves[:-KEPT]:
-                    old.unlink(missing_ok=True)
-            except OSError as error:
-                warnings.warn(
-                    f"{path} could not be saved; training goes on, and saves "
-                    f"before it are as they were: {error}",
-                    stacklevel=2,
-                )
+        if saves.is_finite(self.model):
+            self._write(position)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Iteration {position['iteration']} is not saved in "
+                f"{self.directory}, because its loss, a weight or the "
+                "optimizer is not finite",
+                stacklevel=2,
+            )
         if self._terminated:
-            print(f"SIGTERM: training can be resumed from {self.directory}")
+            mine = self._own_saves()
+            print(
+                f"SIGTERM: training can be resumed from {self.directory}"
+                if mine
+                else f"SIGTERM: nothing of this training is in {self.directory}"
+            )
             raise SystemExit(0)
+
+    def _write(self, position: dict[str, Any]) -> None:
+        path = saves.place(
+            self.directory, position["iteration"], self._training
+        )
+        try:
+            saves.write(path, self.model, position)
+            for old in self._own_saves()[:-KEPT]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(
+                f"{path} could not be saved; training goes on, and saves "
+                f"before it are as they were: {error}",
+                stacklevel=2,
+            )
+
+    def _own_saves(self) -> list[Path]:
+        return [
+            path
+            for path in self.saves
+            if saves.belongs_to(path, self._training)
+        ]
 
     def _restore(self) -> dict[str, Any] | None:
         """Restores the latest save that can be read; None if there is none."""
-        unreadable = []
-        for path in reversed(self.saves):
+        model, found = self.model, self.saves
+        num_loss_variables = len(model.metrics[0].variables)
+        for path in reversed(found):
             try:
-                position = _read_position(path)
-            except (OSError, EOFError, zipfile.BadZipFile) as error:
+                position = saves.read(path, num_loss_variables)
+            except Exception as error:  # because a file may hold anything
                 warnings.warn(
-                    f"{path} can't be read, so the save before it is taken: "
-                    f"{error}",
+                    f"{path} can't be read, so the save before it is taken, "
+                    f"and it stays as it is: {error}",
                     stacklevel=2,
                 )
-                unreadable.append(path)
                 continue
+            saves.check_description(
+                path, self._model_saved, position.get("model")
+            )
             if position["teacher"] != self._teacher:
                 raise ValueError(
                     f"`teacher` must be the one of the training in {path}. "
                     "Received: a teacher of other weights, or none"
                 )
-            self.model.load_weights(path)
-            for damaged in unreadable:
-                damaged.rename(damaged.with_suffix(".unreadable"))
+            if position["batch"]:
+                saves.check_metrics(path, model, position["metrics"])
+            saves.load(path, model)
             return position
-        if unreadable:
+        if found:
             raise OSError(
                 f"None of the saves in {self.directory} can be read. To begin "
                 "anew, remove them"
             )
         return None
-
-
-def _read_position(path: Path) -> dict[str, Any]:
-    """A save's position, if the whole file is as it was written."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        return json.loads(archive.read(POSITION))
-
-
-def _is_finite(model: DenoisingModel) -> bool:
-    """Whether the epoch's loss is, and all that was trained."""
-    variables = [*model.trainable_variables, *model.optimizer.variables]
-    return math.isfinite(model.get_metrics_result()["loss"]) and all(
-        bool(ops.all(ops.isfinite(variable.value)))
-        for variable in variables
-        if "float" in variable.dtype
-    )
-
-
-def _checksum(model: DenoisingModel) -> str | None:
-    """SHA-256 of a teacher's weights, if they are not in the model's file."""
-    teacher = getattr(model, "teacher", None)
-    if teacher is None or teacher.network is None or teacher.saved:
-        return None
-    digest = hashlib.sha256()
-    for weight in teacher.network.weights:
-        digest.update(ops.convert_to_numpy(weight).tobytes())
-    return digest.hexdigest()

@@ -3,8 +3,10 @@
 import io
 import math
 import os
+import re
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,13 @@ import keras
 import numpy as np
 
 from keras_mscm import checks
+from keras_mscm.callbacks import own_files
 from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
+
+NAMES = r"\d{8,}\.png"
+#: What a grid says of itself, within the file.
+SOFTWARE = "keras_mscm.SampleGrid"
 
 
 class SampleGrid(SamplingCallback):
@@ -23,16 +30,24 @@ class SampleGrid(SamplingCallback):
     The samples are drawn from always the same noise, so that one sees how they
     change. The files are `{directory}/{iteration:08d}.png`.
 
+    A training that begins anew, or is resumed, replaces the grids that an
+    earlier one has left at its iterations: give each training a directory of
+    its own to keep them. A picture of such a name that is no grid of this
+    callback is never replaced, but refused before training starts. If a grid
+    can't be written (the disk being full, say), a warning is given, and
+    training goes on.
+
     Args:
         directory: Where the files go.
-        every: Iterations, which are optimizer updates, between grids.
-        num_images: Images in the grid.
-        columns: Images in a row; about as many as rows by default.
+        every: Iterations, which are optimizer updates, between grids; at least
+            1.
+        num_images: Images in the grid, at least 1.
+        columns: Images in a row, at least 1; about as many as rows by default.
         labels: Their classes, `(num_images,)`; 0, 1, ... in turn by default.
         context: Sequence conditioning, `(num_images, length, context_width)`.
         context_mask: Which of it counts, `(num_images, length)`.
-        batch_size: Images that are drawn at a time.
-        seed: Seed of the noise.
+        batch_size: Images that are drawn at a time, at least 1.
+        seed: Seed of the noise, an integer in 0..2**31 - 3.
         tensorboard: Log directory of TensorBoard, to which the grids go as
             well, as the image "samples"; none by default.
         **generate_with: Further arguments of the model's `generate`, such as
@@ -40,8 +55,9 @@ class SampleGrid(SamplingCallback):
 
     Raises:
         ValueError: If an argument is out of its range; when training begins,
-            if they don't suit the model, or its images are not of 1, 3 or 4
-            channels.
+            if they don't suit the model, its images are not of 1, 3 or 4
+            channels, nothing can be written into `directory` or `tensorboard`,
+            or `directory` has another picture of a grid's name.
         ImportError: Without Pillow, or without TensorBoard if it is wanted.
 
     Example:
@@ -76,10 +92,12 @@ class SampleGrid(SamplingCallback):
             generate_with,
         )
         if columns is None:
-            columns = math.ceil(math.sqrt(num_images))
-        checks.check_positive_integer("columns", columns)
-        self.directory, self.columns = Path(directory), columns
-        self.tensorboard = None if tensorboard is None else Path(tensorboard)
+            columns = math.ceil(math.sqrt(self.num_images))
+        self.columns = checks.check_positive_integer("columns", columns)
+        self.directory = checks.check_path("directory", directory)
+        if tensorboard is not None:
+            tensorboard = checks.check_path("tensorboard", tensorboard)
+        self.tensorboard = tensorboard
         self._writer: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -97,21 +115,33 @@ class SampleGrid(SamplingCallback):
             raise ImportError(
                 "`SampleGrid` needs Pillow: pip install 'keras-mscm[images]'"
             ) from error
+        own_files.check_folder("directory", self.directory)
+        for path in sorted(self.directory.iterdir()):
+            if re.fullmatch(NAMES, path.name, re.ASCII) and not _is_grid(path):
+                raise own_files.foreign("directory", path, "grids of samples")
+        own_files.remove_leftovers(self.directory, NAMES)
+        self.on_train_end()  # of a training that has failed
         if self.tensorboard is not None:
+            own_files.check_folder("tensorboard", self.tensorboard)
             self._writer = _EventFile(self.tensorboard)
 
     def on_drawing(self, iteration: int, batches: Iterator[np.ndarray]) -> None:
         """Writes the grid."""
         images = grid_of(np.concatenate([*batches]), self.columns)
-        buffer = io.BytesIO()
-        keras.utils.save_img(
-            buffer, images, "channels_last", file_format="png", scale=False
-        )
-        png = buffer.getvalue()
+        png = _png_of(images)
         path = self.directory / f"{iteration:08d}.png"
-        write_atomically(path, lambda new: new.write_bytes(png), ".png")
-        if self._writer is not None:
-            self._writer.add_image("samples", png, images.shape, iteration)
+        try:
+            if own_files.is_there(path) and not _is_grid(path):
+                raise OSError("another picture lies there by now")
+            write_atomically(path, lambda new: new.write_bytes(png), ".png")
+            if self._writer is not None:
+                self._writer.add_image("samples", png, images.shape, iteration)
+        except OSError as error:
+            warnings.warn(
+                f"The grid {path} could not be written; training goes on: "
+                f"{error}",
+                stacklevel=2,
+            )
 
     def on_train_end(self, logs: Any = None) -> None:
         """Closes TensorBoard's file."""
@@ -141,6 +171,33 @@ def grid_of(images: np.ndarray, columns: int) -> np.ndarray:
     return grid.reshape(shape)[:-1, :-1]
 
 
+def _png_of(images: np.ndarray) -> bytes:
+    """A PNG file that says what has made it."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text("Software", SOFTWARE)
+    keras.utils.save_img(
+        buffer,
+        images,
+        "channels_last",
+        file_format="png",
+        scale=False,
+        pnginfo=info,
+    )
+    return buffer.getvalue()
+
+
+def _is_grid(path: Path) -> bool:
+    """Whether a file is what `_png_of` has made."""
+    text = f"tEXtSoftware\0{SOFTWARE}".encode()
+    try:
+        with path.open("rb") as file:
+            return text in file.read(200)
+    except OSError:
+        return False
+
+
 class _EventFile:
     """An event file of TensorBoard.
 
@@ -158,7 +215,6 @@ class _EventFile:
                 "'keras-mscm[tensorboard]'"
             ) from error
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        directory.mkdir(parents=True, exist_ok=True)
         # What TensorBoard looks for; a name of its own for every training.
         name = (
             f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"

@@ -1,14 +1,16 @@
 """What callbacks that draw samples every so many iterations share."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_mscm import checks
+from keras_mscm import backend, checks
 from keras_mscm.models import DenoisingModel, data_checks
+
+#: Arguments of `generate` that a callback has its own say in.
+OWN = ("num_images", "noise")
 
 
 class SamplingCallback(keras.callbacks.Callback):
@@ -24,8 +26,9 @@ class SamplingCallback(keras.callbacks.Callback):
         labels: Their classes; 0, 1, ... in turn by default.
         context: Sequence conditioning, as for `generate`.
         context_mask: Which of it counts, as for `generate`.
-        batch_size: Images at a time.
-        seed: Seed of the noise, and of what the sampler adds.
+        batch_size: Images at a time, at least 1.
+        seed: Seed of the noise, and of what the sampler adds, in
+            0..2**31 - 3.
         generate_with: Further arguments of the model's `generate`.
     """
 
@@ -41,28 +44,32 @@ class SamplingCallback(keras.callbacks.Callback):
         generate_with: dict[str, Any],
     ):
         super().__init__()
-        checks.check_positive_integer("every", every)
-        checks.check_positive_integer("num_images", num_images)
-        checks.check_positive_integer("batch_size", batch_size)
-        checks.check_number("seed", seed, 0, "an integer of at least 0")
+        self.every = checks.check_positive_integer("every", every)
+        self.num_images = checks.check_positive_integer(
+            "num_images", num_images
+        )
+        batch_size = checks.check_positive_integer("batch_size", batch_size)
+        self.batch_size = min(batch_size, self.num_images)
+        # Not None, because each drawing is to be from the same noise.
+        self.seed = checks.check_integer("seed", seed, 0, checks.SEED_END - 1)
         conditioning = {
             "labels": labels,
             "context": context,
             "context_mask": context_mask,
         }
         self.conditioning = {
-            key: keras.ops.convert_to_numpy(value)
+            key: _entries(key, value, self.num_images)
             for key, value in conditioning.items()
             if value is not None
         }
-        for key, value in self.conditioning.items():
-            if len(value) != num_images:
+        for name in OWN:
+            if name in generate_with:
                 raise ValueError(
-                    f"`{key}` must have one entry per image. Received: "
-                    f"num_images={num_images}, {len(value)} {key}"
+                    f"`{name}` must not be given, because "
+                    f"`{type(self).__name__}` draws `num_images` images from "
+                    "always the same noise, by `seed`. Received: "
+                    f"{name}={checks.describe(generate_with[name])}"
                 )
-        self.every, self.num_images = every, num_images
-        self.batch_size, self.seed = min(batch_size, num_images), int(seed)
         self.generate_with = generate_with
 
     def on_drawing(self, iteration: int, batches: Iterator[np.ndarray]) -> None:
@@ -95,7 +102,7 @@ class SamplingCallback(keras.callbacks.Callback):
             "", parts, num, model.num_classes, model.context_width
         )
         try:
-            inspect.signature(model.generate).bind(**self._arguments(0, 1))
+            model.check_generate(num_images=num, **self._arguments(0, num))
         except TypeError as error:
             raise ValueError(
                 f"`{type(self).__name__}` must be given arguments of "
@@ -111,7 +118,7 @@ class SamplingCallback(keras.callbacks.Callback):
 
     def _begin_epoch(self) -> None:
         model = self.model
-        self._begin = int(model.iteration)
+        self._begin = backend.integer(model.iteration)
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         self._batches = optimizer.gradient_accumulation_steps or 1
         if self._last is None:
@@ -136,7 +143,7 @@ class SamplingCallback(keras.callbacks.Callback):
         return iteration // self.every > (self._last or 0) // self.every
 
     def _draw_if_due(self) -> None:
-        iteration = int(self.model.iteration)
+        iteration = backend.integer(self.model.iteration)
         # Loss scaling may have skipped an update.
         if self._is_due(iteration):
             self._last = iteration
@@ -157,7 +164,27 @@ class SamplingCallback(keras.callbacks.Callback):
         parts = {name: value[begin:end] for name, value in self._parts.items()}
         return {
             **parts,
-            "seed": self.seed + begin,
+            "seed": (self.seed + begin) % checks.SEED_END,
             "batch_size": self.batch_size,
             **self.generate_with,
         }
+
+
+def _entries(name: str, value: Any, num_images: int) -> np.ndarray:
+    """An array of one entry per image."""
+    try:
+        array = np.asarray(keras.ops.convert_to_numpy(value))
+    except Exception as error:  # whatever a backend raises
+        raise checks.invalid(name, "an array", value) from error
+    if array.dtype.kind not in "biuf":
+        raise checks.invalid(name, "an array of numbers", value)
+    if array.ndim == 0:
+        raise checks.invalid(
+            name, f"an array of one entry per image, {num_images}", value
+        )
+    if len(array) != num_images:
+        raise ValueError(
+            f"`{name}` must have one entry per image. Received: num_images="
+            f"{num_images}, {len(array)} {name}"
+        )
+    return array

@@ -24,7 +24,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), "uint8")
 LABELS = np.arange(20) % 3
 
 
-def make_teacher(seed=1):
+def make_teacher(seed=1, dropout=0.3):
     def init():
         return keras.initializers.RandomNormal(0.3, seed=seed)
 
@@ -36,7 +36,7 @@ def make_teacher(seed=1):
     embed = keras.layers.Embedding(4, 16, init())
     h = keras.layers.Flatten()(inputs["z"]) + embed(inputs["labels"])
     h = keras.layers.Dense(16, "swish", kernel_initializer=init())(h)
-    h = keras.layers.Dropout(0.3, seed=seed)(h)
+    h = keras.layers.Dropout(dropout, seed=seed)(h)
     h = keras.layers.Dense(16, kernel_initializer=init())(h)
     network = keras.Model(inputs, keras.layers.Reshape((4, 4, 1))(h))
     return DiffusionModel(

@@ -1,13 +1,17 @@
 """When it evaluates, what, and which weights are kept."""
 
 import json
+import os
+from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_mscm.callbacks import EvaluateSamples
+from keras_mscm import MultistepConsistencyModel
+from keras_mscm.callbacks import EvaluateSamples, evaluate_samples
 from keras_mscm.metrics import FrechetDistance, KernelDistance, Reference
 
 
@@ -216,20 +220,50 @@ def test_keras_need_not_wait_for_each_batch(make_model):
     assert callbacks._async_train == thread_safe
 
 
+NAN = float("nan")
+
+
+class Named:
+    def __init__(self, name):
+        self.name = name
+        self.update_state = self.result = self.reset_state = None
+
+
 @pytest.mark.parametrize(
     ("kw", "message"),
     [
         ({"metrics": []}, "`metrics` must be a list"),
         ({"metrics": [3]}, "`metrics` must be a list"),
+        ({"metrics": Recorder()}, "`metrics` must be a list"),
+        ({"metrics": [keras.metrics.Mean]}, "`metrics` must be a list"),
         ({"metrics": [Recorder(), Recorder()]}, "names of their own"),
-        ({"every": 0}, "`every` must be at least 1"),
-        ({"num_images": 0}, "`num_images` must be at least 1"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"seed": -1}, "`seed` must be"),
+        ({"metrics": [Named(3)]}, "names of their own, strings"),
+        ({"metrics": [Named("loss")]}, "other than .*'loss'"),
+        ({"metrics": [Named("iteration")]}, "other than .*'iteration'"),
+        *(
+            ({name: value}, f"`{name}` must be an integer of at least 1")
+            for name in ("every", "num_images", "batch_size")
+            for value in (0, -1, 1.5, NAN, True, None, "2", [2])
+        ),
+        *(
+            ({"seed": value}, "`seed` must be an integer of at least 0")
+            for value in (-1, 0.5, True, None, 2**31 - 2, 2**40, "0")
+        ),
         ({"labels": [1, 2]}, r"`labels` must have one entry.*2 labels"),
+        ({"labels": 1}, "`labels` must be an array of one entry per image, 3"),
+        ({"labels": ["a", "b", "c"]}, "`labels` must be an array"),
+        ({"labels": [[1], [2, 3], 4]}, "`labels` must be an array"),
+        ({"context": np.float32(1)}, "`context` must be an array of one entry"),
+        ({"noise": np.zeros((3, 4, 4, 1))}, "`noise` must not be given"),
         ({"monitor": "fid"}, r"`monitor` must be one of.*recorder"),
+        ({"monitor": 3}, r"`monitor` must be one of"),
         ({"mode": "auto"}, "`mode` must be one of"),
+        ({"mode": None}, "`mode` must be one of"),
         ({"best_weights": "best.h5"}, r"`best_weights` must end in"),
+        ({"best_weights": 3}, "`best_weights` must be a path"),
+        ({"best_weights": ""}, "`best_weights` must be a path"),
+        ({"results": True}, "`results` must be a path"),
+        ({"results": "a\0b"}, "`results` must be a path without a null"),
     ],
 )
 def test_bad_arguments(kw, message):
@@ -237,18 +271,223 @@ def test_bad_arguments(kw, message):
         make(**{"metrics": [Recorder()], **kw})
 
 
+def test_numbers_of_numpy_are_plain(make_model, images):
+    evaluate = make(
+        [Recorder()],
+        every=np.int64(2),
+        num_images=np.int32(3),
+        batch_size=np.uint8(2),
+        seed=np.int64(2**31 - 3),  # of which each batch takes a next one
+    )
+    kept = evaluate.every, evaluate.num_images, evaluate.batch_size
+    assert kept == (2, 3, 2)
+    assert {*map(type, (*kept, evaluate.seed))} == {int}
+    train(make_model(), images, [evaluate])
+    assert iterations(evaluate) == [2, 4, 6]
+
+
 def test_arguments_that_do_not_suit_the_model(make_model, images):
     cases = [
         (make_model(), {"labels": [0, 1, 2]}, "`labels` must not be given"),
         (make_model(3), {"labels": [0, 1, 3]}, "`labels` must be in 0"),
+        (make_model(3), {"labels": [0, 1, -1]}, "`labels` must be in 0"),
+        (make_model(3), {"labels": [0.0, 1.0, 2.0]}, "`labels` must be"),
+        (make_model(), {"context": np.zeros((3, 1, 2))}, "`y` must be made"),
         (make_model(), {"steps": 3}, r"arguments of DiffusionModel.*steps"),
+        (make_model(), {"num_steps": 0}, "`num_steps` must be"),
+        (make_model(), {"num_steps": 2.5}, "`num_steps` must be"),
+        (make_model(), {"sampler": "ddim"}, "`sampler` must be"),
+        (make_model(), {"schedule": "cosine"}, "`schedule` must be"),
+        (make_model(), {"guidance_scale": NAN}, "`guidance_scale` must be"),
+        (make_model(), {"guidance_scale": 2.0}, "label_dropout > 0"),
     ]
     for model, kw, message in cases:
         data = {"y": np.zeros(24, "int32")} if model.num_classes else {}
-        evaluate = make([Recorder()], **kw)
+        kw = {"num_steps": 2, "every": 2, "num_images": 3, **kw}
+        evaluate = EvaluateSamples([Recorder()], **kw)
         with pytest.raises(ValueError, match=message):
             train(model, images, [evaluate], **data)
         assert int(model.iteration) == 0
+
+
+def test_steps_that_the_student_can_not_take(make_model, images):
+    student = MultistepConsistencyModel.from_teacher(
+        make_model(), student_steps=8
+    )
+    student.compile("sgd")
+    evaluate = EvaluateSamples([Recorder()], every=1, num_images=2, num_steps=3)
+    with pytest.raises(ValueError, match="`num_steps` must be"):
+        train(student, images, [evaluate])
+    assert int(student.iteration) == 0
+    assert student._compiled_samplers == {}
+
+
+@pytest.mark.parametrize(
+    "result",
+    [None, "0.5", True, np.zeros(2), {}, {"value": None}, {"value": "low"}],
+)
+def test_a_result_that_is_no_number(make_model, images, result):
+    evaluate = make([Recorder(values=[result])])
+    with pytest.raises(ValueError, match="`metrics` must return a number"):
+        train(make_model(), images, [evaluate])
+
+
+@pytest.mark.parametrize(
+    "result", [1, np.float32(1), np.ones(()), {"value": np.int64(1), "n": "x"}]
+)
+def test_numbers_of_any_kind(make_model, images, result):
+    evaluate = make([Recorder(values=[result])], every=6)
+    history = train(make_model(), images, [evaluate])
+    assert history["recorder"] == [1.0]
+    json.dumps(evaluate.history)
+
+
+# Files that are not its own.
+
+
+def refused(make_model, images, message, **kw):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        train(model, images, [make([Recorder()], **kw)])
+    assert int(model.iteration) == 0
+
+
+def held(folder):
+    """What is in a folder, links as such."""
+    return {
+        str(path.relative_to(folder)): (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else None
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def weights_of_another(path):
+    inputs = keras.Input((1,))
+    keras.Model(inputs, keras.layers.Dense(1)(inputs)).save_weights(path)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        weights_of_another,
+        lambda path: path.write_bytes(b"mine"),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("nowhere"),
+        *(
+            lambda path, text=text: Path(f"{path}.json").write_text(text)
+            for text in (
+                "",
+                "no JSON",
+                "[1]",
+                "{}",
+                '{"iteration": 3}',
+                '{"iteration": -1, "recorder": 1.0}',
+                '{"iteration": 3, "recorder": "low"}',
+                '{"iteration": 3, "recorder": NaN}',
+            )
+        ),
+        lambda path: Path(f"{path}.json").mkdir(),
+    ],
+)
+def test_best_weights_of_someone_else_are_refused(
+    make_model, images, tmp_path, put
+):
+    path = tmp_path / "best.weights.h5"
+    put(path)
+    before = held(tmp_path)
+    message = "`best_weights` must be where nothing but.*best.weights.h5"
+    refused(make_model, images, message, best_weights=path)
+    assert held(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"mine", b"{}\n", b'{"a": 1}\n', b"\xff\n", b"\0\0", b"1\n", b'{"it'],
+)
+def test_results_of_someone_else_are_refused(
+    make_model, images, tmp_path, content
+):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(content)
+    message = "`results` must be where nothing but evaluations.*results.jsonl"
+    refused(make_model, images, message, results=path)
+    assert path.read_bytes() == content
+    path.unlink()
+    path.mkdir()
+    refused(make_model, images, message, results=path)
+
+
+@pytest.mark.parametrize(
+    ("left", "lines"),
+    [
+        (b"", 0),
+        (b'{"iteration": 1, "recorder": NaN}\n', 1),
+        (b'{"iteration": 1, "recorder": 2.0}', 1),  # copied without its end
+        (b'{"iteration": 1, "recorder": 2.0}\n{"ite', 1),
+        (b'{"iteration": 1, "rec', 0),
+    ],
+)
+def test_results_are_appended(make_model, images, tmp_path, left, lines):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(left)
+    train(make_model(), images, [make([Recorder()], results=path)])
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e["iteration"] for e in found] == [1] * lines + [2, 4, 6]
+
+
+def test_where_nothing_can_be_written(make_model, images, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "in", Path("/proc/none")):
+        for name, file in (("results", "r"), ("best_weights", "a.weights.h5")):
+            message = f"`{name}` must be where files can be written"
+            refused(make_model, images, message, **{name: folder / file})
+
+
+def test_what_it_has_left_is_replaced(make_model, images, tmp_path):
+    path = tmp_path / "best.weights.h5"
+
+    def train_anew(*values):
+        evaluate = make([Recorder(values=values)], every=2, best_weights=path)
+        train(make_model(), images, [evaluate])
+        return json.loads(evaluate._record.read_text())
+
+    assert train_anew(1.0, 2.0, 3.0)["recorder"] == 1.0
+    # Killed before the record was written; while the weights were.
+    Path(f"{path}.json").unlink()
+    left = tmp_path / ".best.weights.h5.abcd_123"
+    left.mkdir()
+    (left / "new.weights.h5").write_bytes(b"half")
+    # Something else of nearly the same name.
+    for name in (".best.weights.h5.mine", ".best.weights.h5.abcd_124"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").touch()
+    assert train_anew(5.0, 4.0, 6.0)["recorder"] == 4.0
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        ".best.weights.h5.abcd_124",
+        ".best.weights.h5.mine",
+        path.name,
+        f"{path.name}.json",
+    ]
+    # Of version 0.1 the weights say nothing, only the record does.
+    with h5py.File(path, "a") as file:
+        del file.attrs[evaluate_samples.MARK]
+    assert train_anew(7.0, 8.0, 9.0)["recorder"] == 7.0
+
+
+def test_killed_between_weights_and_record(make_model, images, tmp_path):
+    path = tmp_path / "best.weights.h5"
+    evaluate = make([Recorder(values=[3.0, 2.0, 4.0])], best_weights=path)
+    model = make_model()
+    train(model, images, [evaluate])
+    Path(f"{path}.json").write_text('{"iteration": 2, "recorder": 3.0}')
+    evaluate = make([Recorder(values=[2.5, 5.0, 5.0])], best_weights=path)
+    train(model, images, [evaluate])
+    assert evaluate.best == {"iteration": 4, "recorder": 2.0}
 
 
 def test_the_model_is_looked_at_only_when_due(make_model, images, monkeypatch):

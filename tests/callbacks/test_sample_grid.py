@@ -80,12 +80,111 @@ def test_tensorboard(make_model, images, tmp_path):
     assert len([*logs.iterdir()]) == 2
 
 
-def test_bad_arguments(make_model, tmp_path):
-    with pytest.raises(ValueError, match="`columns` must be at least 1"):
-        SampleGrid(tmp_path, every=1, columns=0)
+@pytest.mark.parametrize(
+    ("kw", "message"),
+    [
+        *(
+            ({name: value}, f"`{name}` must be an integer of at least 1")
+            for name in ("every", "num_images", "columns", "batch_size")
+            for value in (0, -1, 2.5, True, "4", float("nan"))
+        ),
+        ({"seed": None}, "`seed` must be an integer"),
+        ({"seed": 2**40}, "`seed` must be an integer"),
+        ({"labels": 3}, "`labels` must be an array of one entry"),
+        ({"directory": None}, "`directory` must be a path"),
+        ({"directory": ""}, "`directory` must be a path"),
+        ({"directory": b"x\0"}, "`directory` must be a path"),
+        ({"tensorboard": 3}, "`tensorboard` must be a path"),
+        ({"num_images": 4, "noise": 3}, "`noise` must not be given"),
+    ],
+)
+def test_bad_arguments(tmp_path, kw, message):
+    with pytest.raises(ValueError, match=message):
+        SampleGrid(**{"directory": tmp_path, "every": 1, **kw})
+
+
+def test_bad_models(make_model, tmp_path):
     model = make_model(channels=2)
     with pytest.raises(ValueError, match=r"1, 3 or 4 channels.*\(4, 4, 2\)"):
         train(model, np.zeros((4, 4, 4, 2)), SampleGrid(tmp_path, every=1))
+
+
+def write(path):
+    path.write_bytes(b"mine")
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        write,
+        lambda path: Image.new("L", (2, 2)).save(path),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("nowhere"),
+    ],
+)
+def test_pictures_of_someone_else_are_refused(
+    make_model, images, tmp_path, put
+):
+    path = tmp_path / "00000003.png"
+    put(path)
+    model, grid = make_model(), SampleGrid(tmp_path, every=3, num_images=4)
+    message = "`directory` must be where nothing but grids.*00000003.png"
+    with pytest.raises(ValueError, match=message):
+        train(model, images, grid)
+    assert int(model.iteration) == 0
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_its_own_grids_are_replaced_and_nothing_else(
+    make_model, images, tmp_path
+):
+    def train_anew(seed):
+        grid = SampleGrid(
+            tmp_path, every=3, num_images=4, seed=seed, num_steps=2
+        )
+        train(make_model(), images, grid)
+        return (tmp_path / "00000003.png").read_bytes()
+
+    others = ["3.png", "00000003 (1).png", "00000003.jpg", ".00000003.png.mine"]
+    for name in others:
+        write(tmp_path / name)
+    left = tmp_path / ".00000003.png.abcd_123"
+    left.mkdir()
+    write(left / "new.png")
+    assert train_anew(0) != train_anew(1)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {*others, "00000003.png", "00000006.png"}
+    assert {(tmp_path / name).read_bytes() for name in others} == {b"mine"}
+
+
+def test_a_picture_that_comes_while_training(make_model, images, tmp_path):
+    grid = SampleGrid(tmp_path, every=3, num_images=4, num_steps=2)
+    path = tmp_path / "00000006.png"
+    drawing = grid.on_drawing
+
+    def on_drawing(iteration, batches):
+        drawing(iteration, batches)
+        if iteration == 3:
+            write(path)
+
+    grid.on_drawing = on_drawing
+    with pytest.warns(UserWarning, match=r"00000006.png could not be written"):
+        train(make_model(), images, grid)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["directory", "tensorboard"])
+@pytest.mark.parametrize("place", ["file", "file/in", "/proc/none"])
+def test_where_nothing_can_be_written(
+    make_model, images, tmp_path, name, place
+):
+    (tmp_path / "file").touch()
+    kw = {"directory": tmp_path / "grids", name: tmp_path / place}
+    model, grid = make_model(), SampleGrid(every=1, num_images=4, **kw)
+    message = f"`{name}` must be where files can be written"
+    with pytest.raises(ValueError, match=message):
+        train(model, images, grid)
+    assert int(model.iteration) == 0
 
 
 @pytest.mark.parametrize(
