@@ -110,8 +110,10 @@ class TeacherStepAnneal(keras.callbacks.Callback):
         self._is_set = True
         model = self.model
         run = self._whole_run(model, epoch)
-        if None not in (self.start, self.end, self.iterations):
-            annealing = self.start, self.end, self.iterations
+        annealing: Annealing
+        given = self.start, self.end, self.iterations
+        if given[0] is not None and given[1] is not None and given[2]:
+            annealing = given[0], given[1], given[2]
             self._warn_of_a_short_run(annealing, run, model.student_steps)
         else:
             annealing, told = self._choose(model, epoch, run)
@@ -131,7 +133,10 @@ class TeacherStepAnneal(keras.callbacks.Callback):
         # The optimizer may be within one that scales the loss.
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         batches = optimizer.gradient_accumulation_steps or 1
-        done, before = backend.integer(model.iteration), epoch * steps // batches
+        done, before = (
+            backend.integer(model.iteration),
+            epoch * steps // batches,
+        )
         if _is_resumed(model, epoch) and 0 <= done - before < steps / batches:
             # Batches of an interrupted epoch are passed over, so those that are
             # done must not be counted twice.
@@ -150,23 +155,23 @@ class TeacherStepAnneal(keras.callbacks.Callback):
                 goes_on = run is None or run <= chosen_for + 1
                 if goes_on or _is_resumed(model, epoch):
                     return saved, f"as chosen before for a run of {chosen_for}"
-        if run is None and self.iterations is None:
+        if self.iterations is not None:
+            run = 2 * self.iterations
+        if run is None:
             raise ValueError(
                 "`iterations` must be given where `fit` doesn't know how many "
                 "steps an epoch has: TeacherStepAnneal(iterations=n), n being "
                 "half of the updates that you plan; or give `fit` "
                 "`steps_per_epoch`. Received: iterations=None"
             )
-        if self.iterations is not None:
-            run = 2 * self.iterations
-        suggested = F.suggested_annealing(run, student_steps)
-        start, end, iterations = suggested
+        start: float
+        end: float
+        start, end, iterations = F.suggested_annealing(run, student_steps)
         if self.end is not None:
-            end = self.end
-            start = min(start, end)
+            start, end = min(start, self.end), self.end
         if self.start is not None:
             start = self.start
-            end = end if self.end is not None else max(start, end)
+            end = max(start, end) if self.end is None else end
         return (start, end, iterations), f"chosen for a run of {run}"
 
     def _warn_of_a_short_run(
