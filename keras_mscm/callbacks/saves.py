@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,11 @@ def load(path: Path, model: DenoisingModel) -> None:
         ValueError: If that doesn't fit into it.
     """
     try:
-        model.load_weights(path)
-    except (KeyError, ValueError) as error:
+        with warnings.catch_warnings():
+            # Keras leaves what it skips as it was, such as an optimizer.
+            warnings.filterwarnings("error", message="Skipping")
+            model.load_weights(path)
+    except (KeyError, ValueError, UserWarning) as error:
         raise ValueError(
             f"The model must be the one of the training in {path}. Received: "
             f"{type(model).__name__}, which its weights don't fit: {error}"

@@ -359,12 +359,15 @@ def test_saves_of_version_0_1(folder):
         replace_position(path, json.dumps(position))
     model = MultistepConsistencyModel(
         wider_teacher().network,
-        teacher=resumable.make_teacher(),
         student_steps=2,
         image_shape=(4, 4, 1),
         num_classes=3,
     )
+    model.attach_teacher(resumable.make_teacher())
     model.compile(keras.optimizers.Adam(1e-2))
+    with pytest.raises(ValueError, match="The model must be the one of"):
+        train(model, make_data(), ResumeTraining(folder))
+    model = student_of(resumable.make_teacher(), optimizer="sgd")
     with pytest.raises(ValueError, match="The model must be the one of"):
         train(model, make_data(), ResumeTraining(folder))
     assert trained(folder, 9) == 4
