@@ -4,8 +4,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_mscm import checks
+from keras_mscm.metrics.extractors import as_images, as_numbers
 from keras_mscm.metrics.reference import Reference
 
 
@@ -23,17 +24,15 @@ class FeatureMetric(keras.metrics.Metric):
         min_samples: How many it takes.
 
     Raises:
-        ValueError: If `reference` is not a `Reference`.
+        ValueError: If `reference` is not a `Reference`, or `name` is empty.
     """
 
     def __init__(self, reference: Reference, name: str):
-        super().__init__(name=name)
+        super().__init__(name=checks.check_string("name", name))
         self.min_samples = 2
         if not isinstance(reference, Reference):
-            raise ValueError(
-                "`reference` must be a `keras_mscm.metrics.Reference`. "
-                f"Received: reference={reference!r}"
-            )
+            allowed = "a `keras_mscm.metrics.Reference`"
+            raise checks.invalid("reference", allowed, reference)
         self.reference = reference
         self.reset_state()
 
@@ -41,11 +40,20 @@ class FeatureMetric(keras.metrics.Metric):
         """Takes in samples.
 
         Args:
-            images: `(batch, height, width, channels)`, floats in [-1, 1].
+            images: `(batch, height, width, channels)`, floats in [-1, 1],
+                of the reference's image shape. Samples of another one are
+                compared by `update_features(reference.extractor(images))`.
 
         Raises:
             ValueError: If they are not.
         """
+        images = as_images("images", images)
+        expected = self.reference.image_shape
+        if expected is not None and images.shape[1:] != expected:
+            raise ValueError(
+                "`images` must have the image shape of the reference, "
+                f"{expected}. Received: shape {images.shape}"
+            )
         self.update_features(self.reference.extractor(images))
 
     def update_features(self, features: Any) -> None:
@@ -57,9 +65,14 @@ class FeatureMetric(keras.metrics.Metric):
         Raises:
             ValueError: If they are not of the reference's width, or not finite.
         """
+        array = as_numbers(features)
+        if array is None:
+            allowed = "numbers of shape (batch, features)"
+            raise checks.invalid("features", allowed, features)
         # A copy, unless nobody can write to it.
         if getattr(getattr(features, "flags", None), "writeable", True):
-            features = np.array(ops.convert_to_numpy(features))
+            array = np.array(array)
+        features = array
         width = len(self.reference.mean)
         if 0 in features.shape or features.shape[1:] != (width,):
             raise ValueError(
@@ -68,8 +81,8 @@ class FeatureMetric(keras.metrics.Metric):
             )
         if not np.all(np.isfinite(features)):
             raise ValueError("`features` must be finite. Received: NaN or inf")
-        self.num_samples += len(features)
         self.keep(features)
+        self.num_samples += len(features)
 
     def reset_state(self) -> None:
         """Forgets the samples."""

@@ -1,6 +1,7 @@
 """Functions of images that give feature vectors, and what they are called."""
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from keras import ops
 from keras_mscm import backend, checks
 from keras_mscm.functional.process import Tensor
 
+FLOAT32 = np.finfo("float32")
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos3", "lanczos5", "nearest")
 
 
@@ -57,14 +59,18 @@ class FeatureExtractor:
         resize: str = "none",
         batch_size: int = 128,
     ):
-        if not callable(function):
-            raise ValueError(
-                "`function` must be a function of images that returns (batch, "
-                f"features). Received: function={function!r}"
-            )
-        checks.check_positive_integer("batch_size", batch_size)
-        self.function, self.batch_size = function, batch_size
-        self.description = {"extractor": str(name), "resize": str(resize)}
+        self.function = checks.check_function(
+            "function",
+            function,
+            "a function of images that returns (batch, features)",
+        )
+        self.batch_size = checks.check_positive_integer(
+            "batch_size", batch_size
+        )
+        self.description = {
+            "extractor": checks.check_string("name", name),
+            "resize": checks.check_string("resize", resize),
+        }
         self._last: tuple[str, np.ndarray] | None = None
 
     def __call__(self, images: Any) -> np.ndarray:
@@ -83,15 +89,16 @@ class FeatureExtractor:
         for begin in range(0, num, size):
             # Wrap around, so that all batches are of one compiled shape.
             places = np.arange(begin, begin + size) % num
-            features = ops.convert_to_numpy(self.function(images[places]))
-            wide = features.dtype == "float64"
-            features = np.array(features, "float64" if wide else "float32")
-            if features.ndim != 2 or len(features) != size:
+            output = self.function(images[places])
+            features = as_numbers(output)
+            if features is None or features.ndim != 2 or len(features) != size:
                 raise ValueError(
                     f"`function` of the extractor {self._name!r} must return "
-                    f"(batch, features). Received: shape {features.shape} for "
-                    f"a batch of {size}"
+                    "numbers of shape (batch, features). Received: "
+                    f"{checks.describe(output)} for a batch of {size}"
                 )
+            wide = features.dtype == "float64"
+            features = np.array(features, "float64" if wide else "float32")
             batches.append(features)
         features = np.concatenate(batches)[:num]
         bad = features.size - int(np.isfinite(features).sum())
@@ -112,15 +119,24 @@ class FeatureExtractor:
 
 def as_images(name: str, images: Any) -> np.ndarray:
     """A batch of images as a float32 array, checked."""
-    if len(getattr(images, "shape", ())) != 4:
-        shape = tuple(getattr(images, "shape", ())) or type(images).__name__
-        raise ValueError(
-            f"`{name}` must be an array of shape (batch, height, width, "
-            f"channels). Received: {shape}"
-        )
-    images = ops.convert_to_numpy(images)
-    checks.check_images(name, images, images.shape[1:])
-    return np.ascontiguousarray(images, "<f4")
+    array = as_numbers(images) if hasattr(images, "shape") else None
+    if array is None or array.ndim != 4:
+        allowed = "an array of shape (batch, height, width, channels)"
+        raise checks.invalid(name, allowed, images)
+    checks.check_images(name, array, array.shape[1:])
+    return np.ascontiguousarray(array, "<f4")
+
+
+def as_numbers(values: Any) -> np.ndarray | None:
+    """An array of real numbers, or None where there is none."""
+    try:
+        plain = type(values) is np.ndarray
+        array = values if plain else ops.convert_to_numpy(values)
+    except Exception:  # because each backend raises what it likes
+        return None
+    # NumPy knows no kind of bfloat16.
+    known = array.dtype.kind in "biuf" or "float" in array.dtype.name
+    return array if known else None
 
 
 def keras_features(
@@ -190,15 +206,14 @@ def keras_features(
     'bilinear, antialias, to 16x16 (keras.ops.image.resize)'
     """
     if not isinstance(model, keras.Layer) or not model.built:
-        raise ValueError(
-            "`model` must be a built Keras model or layer. Received: "
-            f"model={model!r}"
-        )
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"`interpolation` must be one of {INTERPOLATIONS}. Received: "
-            f"interpolation={interpolation!r}"
-        )
+        raise checks.invalid("model", "a built Keras model or layer", model)
+    name = model.name if name is None else checks.check_string("name", name)
+    checks.check_choice("interpolation", interpolation, INTERPOLATIONS)
+    checks.check_boolean("antialias", antialias)
+    checks.check_positive_integer("batch_size", batch_size)
+    if pool is not None:
+        allowed = "a function of the model's output, or None"
+        checks.check_function("pool", pool, allowed)
     inputs = getattr(model, "inputs", None) or []
     if len(inputs) > 1:
         raise ValueError(
@@ -217,17 +232,11 @@ def keras_features(
     if size is None and None not in shape[1:3]:
         size = shape[1:3]
     if size is not None:
-        if len(size) != 2:
-            raise ValueError(
-                f"`size` must be (height, width). Received: size={size!r}"
-            )
-        for side in size:
-            checks.check_positive_integer("size", side)
-    scale, shift = np.asarray(std, "float32"), np.asarray(mean, "float32")
-    if not (np.all(np.isfinite(scale)) and np.all(scale > 0)):
-        raise ValueError(f"`std` must be positive. Received: std={std!r}")
-    if not np.all(np.isfinite(shift)):
-        raise ValueError(f"`mean` must be finite. Received: mean={mean!r}")
+        height, width = checks.check_shape("size", size, ("height", "width"))
+        size = height, width
+    largest, least = float(FLOAT32.max), float(FLOAT32.tiny)
+    shift = _per_channel("mean", mean, -largest, "a finite number", shape[3])
+    scale = _per_channel("std", std, least, "a positive number", shape[3])
 
     def network(images: Tensor) -> Tensor:
         output = model({keys[0]: images} if keys else images, training=False)
@@ -257,10 +266,16 @@ def keras_features(
                 f"`images` must have 1 channel or the {channels} that the "
                 f"extractor takes. Received: {images.shape[3]} channels"
             )
-        if size is not None and tuple(images.shape[1:3]) != tuple(size):
+        for numbers in (shift, scale):
+            if numbers.size not in (1, channels):
+                raise ValueError(
+                    f"`images` must have the {numbers.size} channels of `mean` "
+                    f"and `std`. Received: {channels} channels"
+                )
+        if size is not None and tuple(images.shape[1:3]) != size:
             images = ops.image.resize(
                 images,
-                tuple(size),
+                size,
                 interpolation=interpolation,
                 antialias=antialias,
                 data_format="channels_last",
@@ -278,10 +293,34 @@ def keras_features(
     )
     return FeatureExtractor(
         extract,
-        name=f"{name or model.name}, weights {_hash_of_weights(model)}",
+        name=f"{name}, weights {_hash_of_weights(model)}",
         resize=resize,
         batch_size=batch_size,
     )
+
+
+def _per_channel(
+    name: str, value: Any, low: float, allowed: str, channels: int | None
+) -> np.ndarray:
+    """A number, or one per channel, as float32."""
+    allowed = f"{allowed}, or one per channel"
+    if channels is not None:
+        allowed += f" of {channels}"
+    numbers = as_numbers(value) if hasattr(value, "shape") else value
+    if isinstance(numbers, np.ndarray):
+        numbers = numbers.tolist()
+    single = not isinstance(numbers, (list, tuple))
+    entries = [numbers] if single else numbers
+    if not entries or len(entries) not in (1, channels or len(entries)):
+        raise checks.invalid(name, allowed, value)
+    try:
+        for entry in entries:
+            checks.check_number(
+                name, entry, low, allowed, high=float(FLOAT32.max)
+            )
+    except ValueError:
+        raise checks.invalid(name, allowed, value) from None
+    return np.asarray(numbers, "float32")
 
 
 def _hash_of_weights(model: keras.Layer) -> str:
@@ -293,8 +332,20 @@ def _hash_of_weights(model: keras.Layer) -> str:
     return digest.hexdigest()[:12]
 
 
+def _weights_file(weights: Any) -> str:
+    allowed = "'imagenet', the path of a weights file, or None"
+    try:
+        path = checks.check_path("weights", weights)
+    except (TypeError, ValueError):
+        raise checks.invalid("weights", allowed, weights) from None
+    # Of what isn't on this machine, as gs://, Keras knows more.
+    if "://" not in os.fspath(weights) and not path.is_file():
+        raise checks.invalid("weights", allowed, weights)
+    return os.fspath(weights)
+
+
 def inception_v3(
-    weights: str | None = "imagenet",
+    weights: str | os.PathLike | None = "imagenet",
     *,
     size: tuple[int, int] = (299, 299),
     batch_size: int = 128,
@@ -324,11 +375,14 @@ def inception_v3(
     >>> # extractor = inception_v3()
     >>> # reference = Reference(images, extractor, name="train")
     """
-    if len(size) != 2 or min(size) < 75:
-        raise ValueError(
-            "`size` must be (height, width) of at least 75 each. Received: "
-            f"size={size!r}"
-        )
+    height, width = checks.check_shape("size", size, ("height", "width"))
+    size = height, width
+    if min(size) < 75:
+        allowed = "(height, width) of at least 75 each"
+        raise checks.invalid("size", allowed, size)
+    checks.check_positive_integer("batch_size", batch_size)
+    if weights is not None and weights != "imagenet":
+        weights = _weights_file(weights)
     model = keras.applications.InceptionV3(
         include_top=False,
         weights=weights,

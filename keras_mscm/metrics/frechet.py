@@ -4,9 +4,14 @@ from typing import Any
 
 import numpy as np
 
+from keras_mscm import checks
 from keras_mscm.metrics.base import FeatureMetric
+from keras_mscm.metrics.extractors import as_numbers
 from keras_mscm.metrics.moments import Moments
 from keras_mscm.metrics.reference import Reference
+
+# What float32 may add to eigenvalues, to those of thousands of features too.
+ROUNDING = 1e-5
 
 
 class FrechetDistance(FeatureMetric):
@@ -83,7 +88,10 @@ def frechet_distance(
         The (squared) distance, at least 0.
 
     Raises:
-        ValueError: If the shapes don't agree, or a number is not finite.
+        ValueError: If the shapes don't agree, a number is not finite, or a
+            covariance is not symmetric and positive semi-definite: by more
+            than 1e-5 of its largest eigenvalue, which rounding to float32
+            explains.
         ImportError: Without SciPy.
 
     Example:
@@ -96,11 +104,14 @@ def frechet_distance(
         Distributions (1982), eq. 4.
     """
     scipy_linalg = _scipy_linalg()
-    means = [np.asarray(mean, "float64") for mean in (mean_1, mean_2)]
+    means = [_floats("mean_1", mean_1), _floats("mean_2", mean_2)]
     covariances = [
-        np.asarray(c, "float64") for c in (covariance_1, covariance_2)
+        _floats("covariance_1", covariance_1),
+        _floats("covariance_2", covariance_2),
     ]
     width = means[0].size
+    if not width:
+        raise checks.invalid("mean_1", "of at least one feature", mean_1)
     for i in range(2):
         for name, array, shape in (
             (f"mean_{i + 1}", means[i], (width,)),
@@ -113,17 +124,36 @@ def frechet_distance(
                     f"`mean_1` is of {width} features. Received: shape "
                     f"{array.shape}, finite={finite}"
                 )
-    root_1, root_2 = (_root(scipy_linalg, c) for c in covariances)
-    cross = scipy_linalg.svdvals(root_1.T @ root_2).sum() if width else 0.0
+    root_1, root_2 = (
+        _root(scipy_linalg, f"covariance_{i + 1}", covariances[i])
+        for i in range(2)
+    )
+    cross = scipy_linalg.svdvals(root_1.T @ root_2).sum()
     step = means[0] - means[1]
     distance = step @ step + sum(np.trace(c) for c in covariances) - 2 * cross
     # Never negative but by rounding.
     return max(float(distance), 0.0)
 
 
-def _root(scipy_linalg: Any, covariance: np.ndarray) -> np.ndarray:
+def _floats(name: str, value: Any) -> np.ndarray:
+    array = as_numbers(value)
+    if array is None:
+        raise checks.invalid(name, "an array of numbers", value)
+    return np.asarray(array, "float64")
+
+
+def _root(scipy_linalg: Any, name: str, covariance: np.ndarray) -> np.ndarray:
     """R with `R R^T = covariance`, `(features, rank)`; of rank 1 at least."""
-    values, vectors = scipy_linalg.eigh(covariance)
+    values, vectors = scipy_linalg.eigh(covariance / 2 + covariance.T / 2)
+    rounding = ROUNDING * np.abs(values).max()
+    asymmetry = np.abs(covariance - covariance.T).max()
+    if values[0] < -rounding or asymmetry > rounding:
+        raise ValueError(
+            f"`{name}` must be symmetric and positive semi-definite, but for "
+            f"rounding. Received: least eigenvalue {values[0]:g}, largest "
+            f"{values[-1]:g}; the transposed matrix differs by up to "
+            f"{asymmetry:g}"
+        )
     # What rounding leaves of an eigenvalue of 0.
     smallest = values[-1] * len(values) * np.finfo("float64").eps
     kept = values > max(smallest, 0.0)

@@ -21,7 +21,7 @@ class KernelDistance(StoredFeatureMetric):
         reference: The real images, with their features kept.
         num_subsets: How many subsets.
         subset_size: Samples, and reference images, in each; at least 2.
-        seed: Seed of the subsets.
+        seed: Seed of the subsets, an integer in 0..2**31 - 3.
         name: What it is called in logs.
 
     Raises:
@@ -52,16 +52,18 @@ class KernelDistance(StoredFeatureMetric):
         name: str = "kernel_distance",
     ):
         super().__init__(reference, name)
-        checks.check_positive_integer("num_subsets", num_subsets)
-        checks.check_positive_integer("subset_size", subset_size)
-        if not 2 <= subset_size <= reference.num_images:
+        self.num_subsets = checks.check_positive_integer(
+            "num_subsets", num_subsets
+        )
+        self.subset_size = checks.check_integer("subset_size", subset_size, 2)
+        self.seed = checks.check_integer("seed", seed, 0, checks.SEED_END - 1)
+        if self.subset_size > reference.num_images:
             raise ValueError(
-                "`subset_size` must be at least 2, and at most the number of "
-                f"the reference's images, {reference.num_images}. Received: "
+                "`subset_size` must be at most the number of the reference's "
+                f"images, {reference.num_images}. Received: "
                 f"subset_size={subset_size}"
             )
-        self.num_subsets, self.subset_size = num_subsets, subset_size
-        self.min_samples, self.seed = subset_size, seed
+        self.min_samples = self.subset_size
 
     def compute(self) -> dict[str, Any]:
         estimates = subset_estimates(

@@ -28,8 +28,8 @@ class _Coverage(StoredFeatureMetric):
         neighbours: int = 3,
         name: str | None = None,
     ):
-        super().__init__(reference, name or self.default_name)
-        checks.check_positive_integer("neighbours", neighbours)
+        super().__init__(reference, self.default_name if name is None else name)
+        neighbours = checks.check_positive_integer("neighbours", neighbours)
         if neighbours >= reference.num_images:
             raise ValueError(
                 "`neighbours` must be less than the number of the reference's "

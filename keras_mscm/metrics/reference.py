@@ -17,7 +17,7 @@ from keras_mscm import checks
 from keras_mscm.metrics.extractors import FeatureExtractor, as_images
 from keras_mscm.metrics.moments import Moments
 
-ARRAYS = "mean", "covariance", "features"
+ARRAYS = "mean", "covariance", "features", "image_shape"
 
 
 class Reference:
@@ -32,15 +32,21 @@ class Reference:
         name: What the data set is called in results.
         keep_features: Whether to keep every image's features, which all but
             `FrechetDistance` need: 4 bytes for each.
+        nonnegative: Whether it is meant that no image goes below 0. Else an
+            array of such images is refused, as they look like [0, 1], and of
+            an iterable the first batch is warned of.
 
     Attributes:
         hash: SHA-256 of the images as float32 bytes and of their shape.
         num_images: How many they are.
         mean, covariance: Those of the features, float64.
         features: `(num_images, features)`, or None.
+        image_shape: Height, width and channels of the images; None of a file
+            by an older version.
 
     Raises:
-        ValueError: If the images are not such, or too few.
+        ValueError: If an argument is out of its range, or the images are not
+            such, or too few.
 
     Example:
 
@@ -57,9 +63,12 @@ class Reference:
         *,
         name: str,
         keep_features: bool = True,
+        nonnegative: bool = False,
     ):
         self.extractor = _as_extractor(extractor)
-        self.name = str(name)
+        self.name = checks.check_string("name", name)
+        checks.check_boolean("keep_features", keep_features)
+        checks.check_boolean("nonnegative", nonnegative)
         moments, kept, digest = Moments(), [], hashlib.sha256()
         shape: tuple[int, ...] | None = None
         for batch in _batches(images):
@@ -68,6 +77,10 @@ class Reference:
                     "`images` must be batches of one image shape. Received: "
                     f"{shape}, then {batch.shape[1:]}"
                 )
+            if shape is None and not nonnegative:
+                whole = hasattr(images, "shape")
+                check = checks.check_signed if whole else checks.warn_unsigned
+                check("images", batch)
             shape = batch.shape[1:]
             digest.update(batch.data)
             # In pieces, as the features of a whole data set needn't fit.
@@ -83,6 +96,7 @@ class Reference:
         digest.update(str((moments.count, *(shape or ()))).encode())
         self.hash = digest.hexdigest()
         self.num_images = moments.count
+        self.image_shape = shape
         self.mean, self.covariance = moments.mean, moments.covariance
         self.features: np.ndarray | None = None
         if keep_features:
@@ -126,6 +140,8 @@ class Reference:
             "mean": self.mean,
             "covariance": self.covariance,
         }
+        if self.image_shape is not None:
+            arrays["image_shape"] = np.array(self.image_shape)
         if self.features is not None:
             arrays["features"] = self.features
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +180,8 @@ class Reference:
         reference.mean = arrays["mean"]
         reference.covariance = arrays["covariance"]
         reference.features = arrays.get("features")
+        shape = arrays.get("image_shape")
+        reference.image_shape = None if shape is None else tuple(shape.tolist())
         if reference.description != about:
             made = {k: about.get(k) for k in reference.extractor.description}
             raise ValueError(
@@ -227,11 +245,13 @@ def _check_contents(
         "mean": (width,),
         "covariance": (width, width),
         "features": (num, width),
+        "image_shape": (3,),
     }
     for name, array in arrays.items():
-        if array.shape != shapes[name] or array.dtype.kind != "f":
+        kind = "integers" if name == "image_shape" else "floats"
+        if array.shape != shapes[name] or array.dtype.kind != kind[0]:
             raise ValueError(
-                f"its {name} must be floats of shape {shapes[name]}, and is "
+                f"its {name} must be {kind} of shape {shapes[name]}, and is "
                 f"{checks.describe(array)}"
             )
         if not np.all(np.isfinite(array)):
@@ -251,6 +271,12 @@ def _check_target(path: Any) -> Path:
 def _as_extractor(extractor: Callable[[Any], Any]) -> FeatureExtractor:
     if isinstance(extractor, FeatureExtractor):
         return extractor
+    checks.check_function(
+        "extractor",
+        extractor,
+        "a `FeatureExtractor`, or a function of images that returns (batch, "
+        "features)",
+    )
     name = getattr(extractor, "__qualname__", type(extractor).__name__)
     return FeatureExtractor(extractor, name=name)
 
@@ -260,10 +286,9 @@ def _batches(images: Any) -> Iterator[np.ndarray]:
         yield as_images("images", images)
         return
     if not isinstance(images, Iterable):
-        raise ValueError(
-            "`images` must be an array or an iterable of batches. Received: "
-            f"{type(images).__name__}"
-        )
+        allowed = "an array or an iterable of batches"
+        raise checks.invalid("images", allowed, images)
     for batch in images:
-        first = batch[0] if isinstance(batch, (list, tuple)) else batch
+        pair = isinstance(batch, (list, tuple)) and len(batch) > 0
+        first = batch[0] if pair else batch
         yield as_images("images", first)

@@ -1,5 +1,7 @@
 """Extractors against NumPy and Pillow."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -216,11 +218,49 @@ def test_a_body_of_one_s_own():
         (np.zeros(5, int), "`labels` must have one entry.*7 images, 5"),
         (np.zeros(7), "`labels` must be an array of integers"),
         (np.arange(7) - 1, "`labels` must be in 0"),
+        (-np.ones(7, int), "`labels` must be in 0"),
+        (np.array(3), "`labels` must be an array of integers"),
+        (3, "`labels` must be an array of integers"),
+        (np.zeros((7, 1), int), "`labels` must be an array of integers"),
+        (np.zeros(0, int), "`labels` must be an array of integers"),
+        (list("abcdefg"), "`labels` must be integers"),
+        ([[0], [1, 2]], "`labels` must be integers"),
+        (None, "`labels` must be integers"),
+        (np.zeros(7, int), "`labels` must be of at least 2 classes"),
     ],
 )
 def test_bad_labels(labels, message):
     with pytest.raises(ValueError, match=message):
         classifier_features(IMAGES, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("epochs", 0), ("epochs", True), ("epochs", 1.5)],
+        *[("batch_size", 0), ("batch_size", True), ("batch_size", "all")],
+        *[("learning_rate", value) for value in (0, -1, np.nan, "fast")],
+        *[("seed", value) for value in (None, -1, 2**31 - 2, True, 0.5)],
+        *[("name", ""), ("name", 3), ("nonnegative", "no")],
+        *[("body", "dense"), ("body", Tokens), ("body", lambda x: x)],
+        ("body", keras.layers.LSTM(3)),  # takes no images
+        ("images", (IMAGES + 1) / 2),
+        ("images", IMAGES.tolist()),
+    ],
+)
+def test_bad_arguments_train_nothing(name, value, monkeypatch):
+    monkeypatch.setattr(keras.Model, "fit", None)
+    given = {"images": IMAGES, "labels": np.arange(7), name: value}
+    with pytest.raises(ValueError, match=f"`{name}` must .*Received: "):
+        classifier_features(**given)
+
+
+def test_nonnegative_images_that_are_meant():
+    images = (IMAGES + 1) / 2
+    extractor = classifier_features(
+        images, np.arange(7) % 2, epochs=1, nonnegative=True
+    )
+    assert extractor(images).shape == (7, 32)
 
 
 def test_bad_models():
@@ -231,22 +271,79 @@ def test_bad_models():
         keras_features(keras.Model([a, b], a + b))
     model = flat((8, 8))
     for kw, message in [
-        ({"std": 0}, "`std` must be positive"),
-        ({"mean": np.nan}, "`mean` must be finite"),
+        ({"std": 0}, "`std` must be a positive number"),
+        ({"mean": np.nan}, "`mean` must be a finite number"),
         ({"size": (8,)}, "`size` must be"),
-        ({"size": (8, 0)}, "`size` must be at least 1"),
+        ({"size": 5}, r"`size` must be \(height, width\)"),
+        ({"size": "ab"}, r"`size` must be \(height, width\)"),
+        ({"size": (8, 0)}, "`size` must be .*integers of at least 1"),
+        ({"size": (8, 8.0)}, "`size` must be .*integers of at least 1"),
         ({"interpolation": "best"}, "`interpolation` must be one of"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"interpolation": 3}, "`interpolation` must be one of"),
+        ({"antialias": "no"}, "`antialias` must be True or False"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+        ({"batch_size": True}, "`batch_size` must be an integer"),
+        ({"name": ""}, "`name` must be a string"),
+        ({"name": 3}, "`name` must be a string"),
+        ({"std": np.nan}, "`std` must be a positive number"),
+        ({"std": -1}, "`std` must be a positive number"),
+        ({"std": 1e-300}, "`std` must be a positive number"),
+        ({"std": "one"}, "`std` must be a positive number"),
+        (
+            {"std": (1, 1)},
+            "`std` must be a positive number.*one per channel of 1",
+        ),
+        ({"std": ()}, "`std` must be a positive number"),
+        ({"mean": "half"}, "`mean` must be a finite number"),
+        ({"mean": True}, "`mean` must be a finite number"),
+        ({"mean": 1e300}, "`mean` must be a finite number"),
+        ({"mean": np.zeros((2, 2))}, "`mean` must be a finite number"),
+        ({"mean": (0.5, 0.5, 0.5)}, "`mean` must .* one per channel of 1"),
+        ({"pool": "mean"}, "`pool` must be a function"),
+        ({"pool": Tokens}, "`pool` must be a function"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{message}.*Received: "):
             keras_features(model, **kw)
+
+
+def test_means_of_other_channels_than_the_images():
+    # Of any number of channels: they would be broadcast.
+    inputs = keras.Input((8, 8, None))
+    model = keras.Model(inputs, keras.layers.Rescaling(2.0)(inputs))
+    extractor = keras_features(model, mean=np.full(3, 0.5), std=(0.5, 1, 2))
+    assert extractor(np.repeat(IMAGES, 3, axis=3)).shape == (7, 3)
+    with pytest.raises(ValueError, match=r"3 channels of `mean`.*: 1 channels"):
+        extractor(IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("kw", "message"),
+    [
+        ({"weights": True}, "`weights` must be"),
+        ({"weights": ""}, "`weights` must be"),
+        ({"weights": "nowhere.weights.h5"}, "`weights` must be"),
+        ({"weights": Path(__file__).parent}, "`weights` must be"),
+        ({"size": 299}, "`size` must be"),
+        ({"size": "big"}, "`size` must be"),
+        ({"size": (299, True)}, "`size` must be"),
+        ({"batch_size": 0}, "`batch_size` must be"),
+    ],
+)
+def test_bad_arguments_of_inception_make_no_network(kw, message, monkeypatch):
+    monkeypatch.setattr(keras.applications, "InceptionV3", None)
+    with pytest.raises(ValueError, match=message):
+        inception_v3(**{"weights": None, **kw})
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda x: x, r"\(batch, features\).*\(7, 8, 8, 1\)"),
-        (lambda x: x[:1, 0, :, 0], r"\(1, 8\) for a batch of 7"),
+        (lambda x: x[:1, 0, :, 0], r"\(1, 8\).* for a batch of 7"),
+        (lambda x: None, r"\(batch, features\).*None of type NoneType"),
+        (lambda x: ["a"] * len(x), r"\(batch, features\).*of type list"),
+        (lambda x: x[:, 0, :, 0].astype("complex64"), "complex64"),
+        (lambda x: [[0], [1, 2]], r"numbers of shape .*\[\[0\]"),
         (lambda x: x[:, 0, :, 0] / 0, "finite.*56 of 56"),
     ],
 )
@@ -257,5 +354,38 @@ def test_bad_features(function, message):
 
 
 def test_not_a_function():
-    with pytest.raises(ValueError, match="`function` must be a function"):
-        FeatureExtractor(3, name="three")
+    for function in (3, None, Tokens):
+        with pytest.raises(ValueError, match="`function` must be a function"):
+            FeatureExtractor(function, name="three")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("name", ""), ("name", 3), ("name", None), ("resize", None)],
+        *[("batch_size", 0), ("batch_size", True), ("batch_size", 2.0)],
+    ],
+)
+def test_bad_arguments_of_an_extractor(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: "):
+        FeatureExtractor(Tokens(), **{"name": "tokens", name: value})
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES.tolist(), "an array of shape.*list"),
+        (IMAGES[0], r"\(batch, height, width, channels\).*\(8, 8, 1\)"),
+        (np.full_like(IMAGES, np.nan), "finite.*448 NaN of 448"),
+        (np.full(IMAGES.shape, 200, "uint8"), "`images / 127.5 - 1`"),
+        (IMAGES.astype(str), r"an array of shape .*dtype <U"),
+        (IMAGES.astype(object), r"an array of shape .*dtype object"),
+        (IMAGES.astype("complex64"), r"an array of shape .*complex64"),
+        (keras.KerasTensor((None, 8, 8, 1)), "an array of shape"),
+        (None, "an array of shape.*None"),
+    ],
+)
+def test_what_are_no_images(images, message):
+    extractor = FeatureExtractor(Tokens(), name="tokens")
+    with pytest.raises(ValueError, match=f"`images` must be .*{message}"):
+        extractor(images)

@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from keras_mscm.metrics import FrechetDistance, frechet_distance
+from keras_mscm.metrics import FrechetDistance, Reference, frechet_distance
 from keras_mscm.metrics.moments import Moments
 
 pytestmark = pytest.mark.once
@@ -147,6 +147,19 @@ def test_result_says_what_it_was_measured_on(make_reference):
         ("mean_2", np.zeros(3), r"`mean_2`.*\(3,\)"),
         ("covariance_1", np.eye(3), r"`covariance_1`.*\(3, 3\)"),
         ("covariance_2", np.full((2, 2), np.nan), "`covariance_2`.*False"),
+        ("mean_1", "mean", "`mean_1` must be an array of numbers"),
+        ("mean_1", np.zeros(0), "`mean_1` must be of at least one"),
+        ("covariance_1", None, "`covariance_1` must be an array of numbers"),
+        ("covariance_2", np.eye(2) * 1j, "`covariance_2`.*complex"),
+        ("covariance_1", -np.eye(2), "`covariance_1`.*least eigenvalue -1"),
+        (
+            "covariance_2",
+            [[1, 2], [2, 1]],
+            "`covariance_2`.*eigenvalue -1, .*3",
+        ),
+        ("covariance_2", np.diag([1, -1e-3]), "`covariance_2`.*-0.001"),
+        ("covariance_1", [[1, 0], [0.5, 1]], "`covariance_1`.*up to 0.5"),
+        ("covariance_2", [[0, 1], [-1, 0]], "`covariance_2`.*up to 2"),
     ],
 )
 def test_bad_input(argument, value, message):
@@ -160,6 +173,39 @@ def test_bad_input(argument, value, message):
         frechet_distance(**{**arguments, argument: value})
 
 
+def test_covariances_by_float32_are_semi_definite_but_for_rounding():
+    # Singular ones, and not symmetric: what rounding leaves is no fault.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 64, 512)).astype("float32")
+    x = x * np.logspace(0, -3, 512, dtype="float32")
+    exact, rounded = [], []
+    for features in x:
+        centred = features - features.mean(0)
+        covariance = centred.T @ centred / np.float32(63)
+        noise = rng.uniform(-1, 1, covariance.shape).astype("float32")
+        rounded += [features.mean(0), covariance * (1 + 1e-7 * noise)]
+        exact += moments_of(features.astype("float64"))
+    assert np.linalg.eigvalsh(rounded[1])[0] < 0
+    assert np.any(rounded[1] != rounded[1].T)
+    np.testing.assert_allclose(
+        frechet_distance(*rounded), frechet_distance(*exact), rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        *["features", None, [["a"] * 5], np.full((2, 5), None), [[1], [1, 2]]],
+        np.zeros((2, 5), "complex64"),
+    ],
+)
+def test_what_are_no_features(make_reference, features):
+    metric = FrechetDistance(make_reference(np.eye(5)))
+    with pytest.raises(ValueError, match="`features` must be numbers of shape"):
+        metric.update_features(features)
+    assert metric.num_samples == 0
+
+
 @pytest.mark.parametrize(
     "features", [np.zeros((2, 4)), np.zeros(5), np.zeros((0, 5))]
 )
@@ -170,8 +216,15 @@ def test_bad_features(make_reference, features):
 
 
 def test_bad_reference():
-    with pytest.raises(ValueError, match="`reference` must be"):
-        FrechetDistance(np.zeros((3, 3)))
+    for reference in (np.zeros((3, 3)), None, Reference, "train"):
+        with pytest.raises(ValueError, match="`reference` must be"):
+            FrechetDistance(reference)
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_bad_names(make_reference, name):
+    with pytest.raises(ValueError, match="`name` must be a string"):
+        FrechetDistance(make_reference(np.eye(5)), name=name)
 
 
 def test_without_scipy(monkeypatch):

@@ -112,11 +112,16 @@ def test_batches_and_seeds(make_reference):
 
 def test_bad_input(make_reference):
     reference = make_reference(np.eye(5))
-    for size in (1, 6):
+    for size in (1, 6, True, 3.0, "3", None):
         with pytest.raises(ValueError, match="`subset_size` must be"):
             KernelDistance(reference, subset_size=size)
-    with pytest.raises(ValueError, match="`num_subsets` must be"):
-        KernelDistance(reference, num_subsets=0, subset_size=3)
+    for name, value in [
+        *[("num_subsets", value) for value in (0, True, 2.0, "2")],
+        *[("seed", value) for value in (None, -1, 2**31 - 2, True, 0.5)],
+        *[("name", value) for value in ("", None, 3)],
+    ]:
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            KernelDistance(reference, **{"subset_size": 3, name: value})
     metric = KernelDistance(reference, subset_size=4)
     metric.update_features(np.eye(5)[:3])
     with pytest.raises(ValueError, match=r"at least 4 samples.*Received: 3"):

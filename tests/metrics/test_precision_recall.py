@@ -79,8 +79,14 @@ def test_equal_images_are_within_a_radius_of_0(make_reference):
 def test_bad_input(make_reference):
     reference = make_reference(np.eye(5))
     for metric in (ImprovedPrecision, ImprovedRecall):
-        with pytest.raises(ValueError, match="`neighbours` must be at least"):
-            metric(reference, neighbours=0)
+        for neighbours in (0, True, 2.0, "3", None):
+            with pytest.raises(
+                ValueError, match="`neighbours` must be an integer of at least"
+            ):
+                metric(reference, neighbours=neighbours)
+        for name in ("", 3):
+            with pytest.raises(ValueError, match="`name` must be a string"):
+                metric(reference, name=name)
         with pytest.raises(ValueError, match=r"less than.*5"):
             metric(reference, neighbours=5)
         few = metric(reference)

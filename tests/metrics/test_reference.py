@@ -5,7 +5,14 @@ import hashlib
 import numpy as np
 import pytest
 
-from keras_mscm.metrics import FeatureExtractor, Reference
+from keras_mscm.metrics import (
+    FeatureExtractor,
+    FrechetDistance,
+    ImprovedPrecision,
+    ImprovedRecall,
+    KernelDistance,
+    Reference,
+)
 
 pytestmark = pytest.mark.once
 
@@ -64,6 +71,7 @@ def test_save_and_load(tmp_path, keep_features):
     loaded = Reference.load(path, pixels)
     assert [x.name for x in tmp_path.iterdir()] == ["reference.npz"]
     assert loaded.description == reference.description
+    assert loaded.image_shape == reference.image_shape == (4, 4, 1)
     for name in ("mean", "covariance", "features"):
         mine, theirs = getattr(loaded, name), getattr(reference, name)
         if name == "features" and not keep_features:
@@ -83,8 +91,116 @@ def test_save_and_load(tmp_path, keep_features):
         (IMAGES[0], r"\(batch, height, width, channels\).*\(4, 4, 1\)"),
         ([IMAGES, IMAGES[:, :2]], "one image shape"),
         (7, "an array or an iterable.*int"),
+        ("images", "`images` must be an array of shape.*'i'"),
+        ([()], r"`images` must be an array of shape.*\(\)"),
+        (IMAGES.tolist(), "`images` must be an array of shape"),
+        ((IMAGES + 1) / 2, r"\[0, 1\], as none is below 0.*nonnegative=True"),
+        (np.ones_like(IMAGES), "as none is below 0"),
+        ((IMAGES * 127).astype("uint8"), r"`images / 127\.5 - 1`"),
+        (np.full_like(IMAGES, np.nan), "NaN"),
     ],
 )
 def test_bad_images(images, message):
     with pytest.raises(ValueError, match=message):
         Reference(images, pixels, name="noise")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("name", ""), ("name", 3), ("name", None)],
+        *[("keep_features", "no"), ("keep_features", 1), ("nonnegative", None)],
+        *[("extractor", None), ("extractor", "pixels")],
+        ("extractor", FeatureExtractor),
+    ],
+)
+def test_bad_arguments_extract_nothing(name, value):
+    def never(images):
+        raise AssertionError
+
+    given = {"images": IMAGES, "extractor": never, "name": "noise"}
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: "):
+        Reference(**{**given, name: value})
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_in_0_1_in_batches_are_warned_of_once_unless_meant():
+    images = (IMAGES + 1) / 2
+    batches = np.split(images, 2)
+    with pytest.warns(UserWarning, match="nonnegative=True") as caught:
+        Reference(iter(batches), pixels, name="noise")
+    assert [warning.filename for warning in caught] == [__file__]
+    made = [
+        Reference(x, pixels, name="noise", nonnegative=True)
+        for x in (images, batches)
+    ]
+    assert made[0].hash == made[1].hash
+    # Black images are of either range; so may be a batch after others.
+    Reference(np.zeros_like(IMAGES), pixels, name="black")
+    Reference([IMAGES, images], pixels, name="noise")
+
+
+METRICS = {
+    FrechetDistance: {},
+    KernelDistance: {"subset_size": 4},
+    ImprovedPrecision: {},
+    ImprovedRecall: {},
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES[:, :3], r"the image shape of the reference, \(4, 4, 1\).*3, 4"),
+        (np.repeat(IMAGES, 3, axis=3), "the image shape of the reference"),
+        (IMAGES[0], r"\(batch, height, width, channels\)"),
+        (IMAGES[:0], "has no images"),
+        (IMAGES * np.nan, "must be finite"),
+        (np.full(IMAGES.shape, 200, "uint8"), r"`images / 127\.5 - 1`"),
+        (IMAGES * 2, r"\[-1, 1\]"),
+        (IMAGES.tolist(), "an array of shape.*list"),
+        (None, "an array of shape.*None"),
+    ],
+)
+def test_bad_samples_change_nothing(metric, images, message):
+    made = metric(Reference(IMAGES, pixels, name="noise"), **METRICS[metric])
+    before = made(IMAGES[:5])
+    for give in (made, made.update_state):
+        with pytest.raises(ValueError, match=f"`images`.*{message}"):
+            give(images)
+    assert made.result() == before
+
+
+def test_samples_of_another_size_by_their_features():
+    reference = Reference(IMAGES, pixels, name="noise")
+    metric = FrechetDistance(reference)
+    metric.update_features(reference.extractor(IMAGES[:, :2]))
+    assert metric.result()["num_samples"] == 10
+
+
+def test_a_file_of_before_without_an_image_shape(tmp_path):
+    path = tmp_path / "reference.npz"
+    reference = Reference(IMAGES, pixels, name="noise")
+    reference.save(path)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file if name != "image_shape"}
+    np.savez(path, **arrays)
+    loaded = Reference.load(path, pixels)
+    assert loaded.image_shape is None
+    assert loaded.description == reference.description
+    metrics = [FrechetDistance(r)(IMAGES[:5]) for r in (loaded, reference)]
+    assert metrics[0] == metrics[1]
+    loaded.save(path)
+    assert Reference.load(path, pixels).image_shape is None
+
+
+@pytest.mark.parametrize("shape", [np.zeros(2, int), np.zeros(3)])
+def test_a_file_with_another_image_shape(tmp_path, shape):
+    path = tmp_path / "reference.npz"
+    Reference(IMAGES, pixels, name="noise").save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "image_shape": shape})
+    with pytest.raises(ValueError, match="its image_shape must be integers"):
+        Reference.load(path, pixels)
