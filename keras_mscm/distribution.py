@@ -23,6 +23,8 @@ devices, but for rounding; batches must divide among them.
 
 import keras
 
+from keras_mscm import checks
+
 # Dense layers of (input, output).
 _DENSE = (
     "(hidden|projection|entry|query_key_value|query|key_value|attention_output"
@@ -142,6 +144,9 @@ class UnevenModelParallel(keras.distribution.ModelParallel):
         layout_map, batch_dim_name, auto_shard_dataset: As in
             `keras.distribution.ModelParallel`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Example:
 
     >>> devices = ["cpu:0", "cpu:1"]
@@ -156,6 +161,30 @@ class UnevenModelParallel(keras.distribution.ModelParallel):
     >>> distribution.get_variable_layout(odd).axes
     (None,)
     """
+
+    def __init__(
+        self,
+        *,
+        layout_map: keras.distribution.LayoutMap,
+        batch_dim_name: str | None = None,
+        auto_shard_dataset: bool = True,
+    ):
+        if not isinstance(layout_map, keras.distribution.LayoutMap):
+            allowed = "a `keras.distribution.LayoutMap`"
+            raise checks.invalid("layout_map", allowed, layout_map)
+        mesh = layout_map.device_mesh
+        if not isinstance(mesh, keras.distribution.DeviceMesh):
+            allowed = "a `LayoutMap` of a `keras.distribution.DeviceMesh`"
+            raise checks.invalid("layout_map", allowed, layout_map)
+        if batch_dim_name is not None:
+            names = tuple(mesh.axis_names)
+            checks.check_choice("batch_dim_name", batch_dim_name, names)
+        checks.check_boolean("auto_shard_dataset", auto_shard_dataset)
+        super().__init__(
+            layout_map=layout_map,
+            batch_dim_name=batch_dim_name,
+            auto_shard_dataset=auto_shard_dataset,
+        )
 
     def get_variable_layout(self, variable):
         """That of the layout map, or whole on each device."""
@@ -173,14 +202,12 @@ class UnevenModelParallel(keras.distribution.ModelParallel):
 
 def _check_mesh(device_mesh: keras.distribution.DeviceMesh, axes: int) -> None:
     if not isinstance(device_mesh, keras.distribution.DeviceMesh):
-        raise ValueError(
-            "`device_mesh` must be a `keras.distribution.DeviceMesh`. "
-            f"Received: device_mesh={device_mesh!r}"
-        )
+        allowed = "a `keras.distribution.DeviceMesh`"
+        raise checks.invalid("device_mesh", allowed, device_mesh)
     if len(device_mesh.shape) < axes:
         raise ValueError(
-            f"`device_mesh` must have {axes} axes: one for the batch and, the "
-            "last, for the channels. Received: device_mesh of shape "
+            f"`device_mesh` must have {axes} axes or more: one for the batch "
+            "and, the last, for the channels. Received: device_mesh of shape "
             f"{tuple(device_mesh.shape)}"
         )
 

@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 
 from keras_mscm import DiffusionModel, backend
-from keras_mscm.distribution import fully_sharded, tensor_parallel
+from keras_mscm.distribution import (
+    UnevenModelParallel,
+    fully_sharded,
+    tensor_parallel,
+)
 from keras_mscm.models import data_checks
 
 SCRIPT = Path(__file__).with_name("distributed_training.py")
@@ -153,6 +157,24 @@ def test_tensor_parallel_divides_pairs_of_layers(variables, device_mesh):
 def test_a_mesh_is_needed(layout):
     with pytest.raises(ValueError, match=r"`device_mesh` must be a .*jax"):
         layout("jax")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layout_map", None),
+        ("layout_map", keras.distribution.LayoutMap(None)),
+        ("batch_dim_name", "model"),
+        ("batch_dim_name", ""),
+        ("auto_shard_dataset", "no"),
+    ],
+)
+def test_what_an_uneven_layout_is_given_is_checked(name, value):
+    mesh = keras.distribution.DeviceMesh((1,), ["batch"], ["cpu:0"])
+    given = {"layout_map": fully_sharded(mesh)}
+    assert UnevenModelParallel(**given).batch_dim_name == "batch"
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: "):
+        UnevenModelParallel(**{**given, name: value})
 
 
 def test_tensor_parallel_needs_two_axes():

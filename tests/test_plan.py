@@ -182,9 +182,21 @@ def test_slices():
     assert Slice("v5p:4x4x8").collective_bandwidth == 6 * 90e9
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v3:2x2", "v5e:8", "v5e:8x8x"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        *["v5e", "v3:2x2", "v5e:8", "v5e:8x8x", "v5e:0x8", "v5e:8x-8", ""],
+        *["v5e:99999999x9", "v5e:8x8\n", 8, None, True, b"v5e:8x8"],
+    ],
+)
 def test_what_is_no_slice_is_refused(topology):
     with pytest.raises(ValueError, match="`topology` must be a chip"):
+        Slice(topology)
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x17", "v5p:9999x9999x9999"])
+def test_a_slice_larger_than_there_are_is_refused(topology):
+    with pytest.raises(ValueError, match=r"`topology` must be .* at most \d+"):
         Slice(topology)
 
 
@@ -404,11 +416,43 @@ def test_other_backends_are_refused():
         plan.make_plan("digits", "v5e:2x2", batch_size=64)
 
 
-@on_jax
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"topology": "v5e"}, "`topology` must be"),
+        ({"topology": 4}, "`topology` must be"),
+        ({"method": ["training"]}, "`method` must be one of"),
+        ({"batch_size": True}, "`batch_size` must be an integer"),
+        ({"batch_size": 64.0}, "`batch_size` must be an integer"),
+        ({"batch_size": "64"}, "`batch_size` must be an integer"),
+        ({"batch_size": 2**62}, "`batch_size` must be .* at most"),
+        ({"student_steps": None}, "`student_steps` must be an integer"),
+        ({"student_steps": 10**9}, "`student_steps` must be .* at most"),
+        ({"dtype": "float12"}, "`dtype` must be one of"),
+        ({"dtype": "int8"}, "`dtype` must be one of"),
+        ({"dtype": None}, "`dtype` must be one of"),
+        ({"remat": "no"}, "`remat` must be True or False"),
+        ({"remat": 1}, "`remat` must be True or False"),
+        ({"shard_weights": "no"}, "`shard_weights` must be True or False"),
+        (
+            {"gradient_accumulation_steps": 1},
+            "`gradient_accumulation_steps` must be an integer of at least 2",
+        ),
+        (
+            {"gradient_accumulation_steps": True},
+            "`gradient_accumulation_steps` must be an integer",
+        ),
+        (
+            {"gradient_accumulation_steps": 2, "method": "generate"},
+            "`gradient_accumulation_steps` must be not given",
+        ),
+        (
+            {"remat": True, "method": "generate"},
+            "`remat` must be not given for 'generate'",
+        ),
+        ({"preset": 3}, "`preset` must be"),
+        ({"preset": ""}, "`preset` must be"),
+        ({"preset": "a" * 5000}, "`preset` must be"),
         ({"method": "guessing"}, "`method` must be one of"),
         ({"batch_size": 0}, "`batch_size` must be"),
         ({"batch_size": 6}, "`batch_size` must be a multiple of the 4 chips"),
@@ -416,12 +460,34 @@ def test_other_backends_are_refused():
         ({"preset": "nothing"}, "`preset` must be"),
     ],
 )
-def test_bad_arguments(kwargs, message, monkeypatch):
-    monkeypatch.setattr(compiler, "check", lambda: None)
-    monkeypatch.setattr(estimate.metadata, "version", lambda name: "1")
+def test_bad_arguments_are_named_before_anything_is_asked_of_the_machine(
+    kwargs, message
+):
     arguments = {"preset": "digits", "topology": "v5e:2x2", "batch_size": 64}
     with pytest.raises(ValueError, match=message):
         plan.make_plan(**{**arguments, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--topology=v5e:0x8", "`topology` must be"),
+        ("--batch-size=63", "`batch_size` must be a multiple of"),
+        ("--batch-size=many", "--batch-size: invalid int value"),
+        ("--student-steps=0", "`student_steps` must be"),
+        ("--gradient-accumulation-steps=1", "`gradient_accumulation_steps`"),
+        ("--preset=nothing", "`preset` must be"),
+        ("--dtype=float12", "--dtype: invalid choice"),
+        ("--method=guessing", "--method: invalid choice"),
+    ],
+)
+def test_the_command_says_which_argument_is_bad(option, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(["--preset=digits", "--topology=v5e:2x2", option])
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err
 
 
 @on_jax

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from keras_mscm.plan import make_plan, markdown
 from keras_mscm.plan.chips import CHIPS
+from keras_mscm.plan.estimate import DTYPES
 from keras_mscm.plan.steps import METHODS
 
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--student-steps", type=int, default=8, help="for generate"
     )
-    parser.add_argument("--dtype", default="mixed_bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument(
         "--remat", action="store_true", help="compute blocks twice"
     )

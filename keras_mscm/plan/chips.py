@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+from keras_mscm import checks
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -18,6 +20,7 @@ class Chip:
         link_bandwidth: Bytes per second, one way, of one link to a neighbour.
         ring_length: Length from which on an axis of a slice is closed to a
             ring.
+        max_chips: Chips of the largest slice.
 
     Reference:
         Google Cloud, *TPU system architecture*; Austin et al., *How to scale
@@ -32,14 +35,15 @@ class Chip:
     clock: float
     link_bandwidth: float
     ring_length: int
+    max_chips: int
 
 
 #: By the name that begins a topology's.
 CHIPS = {
-    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 1.05e9, 45e9, 4),
-    "v5e": Chip("TPU v5e", 197e12, 16 * 2**30, 819e9, 1.5e9, 45e9, 16),
-    "v5p": Chip("TPU v5p", 459e12, 95 * 2**30, 2765e9, 1.75e9, 90e9, 4),
-    "v6e": Chip("TPU v6e", 918e12, 32 * 2**30, 1640e9, 1.75e9, 90e9, 16),
+    "v4": Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 1.05e9, 45e9, 4, 4096),
+    "v5e": Chip("TPU v5e", 197e12, 16 * 2**30, 819e9, 1.5e9, 45e9, 16, 256),
+    "v5p": Chip("TPU v5p", 459e12, 95 * 2**30, 2765e9, 1.75e9, 90e9, 4, 8960),
+    "v6e": Chip("TPU v6e", 918e12, 32 * 2**30, 1640e9, 1.75e9, 90e9, 16, 256),
 }
 
 
@@ -52,7 +56,7 @@ class Slice:
 
     Raises:
         ValueError: If that is not a known chip and its numbers along each
-            axis.
+            axis, or more chips than there are in one slice.
 
     Example:
 
@@ -64,11 +68,20 @@ class Slice:
 
     def __post_init__(self):
         known = "|".join(CHIPS)
-        if not re.fullmatch(rf"({known}):\d+x\d+(x\d+)?", self.topology):
+        length = "[1-9][0-9]{0,3}"
+        if not isinstance(self.topology, str) or not re.fullmatch(
+            rf"({known}):{length}x{length}(x{length})?", self.topology
+        ):
+            allowed = (
+                f"a chip, one of {list(CHIPS)}, and chips along each axis, "
+                "such as 'v5e:8x8'"
+            )
+            raise checks.invalid("topology", allowed, self.topology)
+        if self.num_chips > self.chip.max_chips:
             raise ValueError(
-                "`topology` must be a chip, one of "
-                f"{list(CHIPS)}, and chips along each axis, such as "
-                f"'v5e:8x8'. Received: topology={self.topology!r}"
+                "`topology` must be a slice of at most "
+                f"{self.chip.max_chips} chips of {self.chip.name}. Received: "
+                f"topology={self.topology!r}, {self.num_chips} chips"
             )
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mscm import checks
+from keras_mscm import checks, preset_files
 from keras_mscm.plan import compiler, operations
 from keras_mscm.plan.chips import Slice
 from keras_mscm.plan.steps import METHODS, Step, step_of
@@ -22,6 +22,15 @@ NOTE = (
     "has sent while others compute."
 )
 GIB = 2**30
+DTYPES = (
+    "mixed_bfloat16",
+    "mixed_float16",
+    "bfloat16",
+    "float16",
+    "float32",
+)
+# What 32 bits can count.
+LARGE = 2**31 - 1
 
 
 def make_plan(
@@ -49,7 +58,8 @@ def make_plan(
             number.
         method: `"training"` (CT), `"distillation"` (CD) or `"generate"`.
         student_steps: Evaluations of the network in `generate`.
-        dtype: Policy of the network and the model.
+        dtype: Policy of the network and the model: `"mixed_bfloat16"`,
+            `"mixed_float16"`, `"bfloat16"`, `"float16"` or `"float32"`.
         remat: Whether blocks are computed again for the gradient, and not kept
             (`UViT`'s `remat`).
         shard_weights: Whether weights, averages and the optimizer's state are
@@ -57,6 +67,9 @@ def make_plan(
             by default each chip holds all of them.
         gradient_accumulation_steps: Batches of `batch_size` to an update of
             the weights, at least 2; or None.
+
+        Of `remat` and `gradient_accumulation_steps` there is nothing to plan
+        in `"generate"`, which takes no gradient.
 
     Returns:
         What the command `python -m keras_mscm.plan --json` prints:
@@ -69,16 +82,37 @@ def make_plan(
             backend than JAX.
         ImportError: If libtpu is not installed.
     """
-    compiler.check()
+    preset_files.find(preset)
     chips = Slice(topology)
     checks.check_choice("method", method, METHODS)
-    checks.check_positive_integer("batch_size", batch_size)
-    checks.check_positive_integer("student_steps", student_steps)
+    checks.check_choice("dtype", dtype, DTYPES)
+    batch_size = checks.check_positive_integer("batch_size", batch_size, LARGE)
+    # As many as the model can count in float32.
+    student_steps = checks.check_positive_integer(
+        "student_steps", student_steps, 2**24
+    )
+    remat = checks.check_boolean("remat", remat)
+    shard_weights = checks.check_boolean("shard_weights", shard_weights)
+    if gradient_accumulation_steps is not None:
+        gradient_accumulation_steps = checks.check_integer(
+            "gradient_accumulation_steps", gradient_accumulation_steps, 2, LARGE
+        )
+    if method == "generate":
+        without = "not given for 'generate', which takes no gradient"
+        if remat:
+            raise checks.invalid("remat", without, remat)
+        if gradient_accumulation_steps is not None:
+            raise checks.invalid(
+                "gradient_accumulation_steps",
+                without,
+                gradient_accumulation_steps,
+            )
     if batch_size % chips.num_chips:
         raise ValueError(
             f"`batch_size` must be a multiple of the {chips.num_chips} chips "
             f"of {topology}. Received: batch_size={batch_size}"
         )
+    compiler.check()
     begin = time.perf_counter()
     step = step_of(
         preset,

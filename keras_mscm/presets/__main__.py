@@ -45,8 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--json", action="store_true", help="everything, as a list of objects"
     )
-    presets = summary()
-    if parser.parse_args(arguments).json:
+    as_json = parser.parse_args(arguments).json
+    try:
+        presets = summary()
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    if as_json:
         print(json.dumps(presets, indent=2))
         return
     rows = [COLUMNS, *map(_row, presets)]

@@ -49,8 +49,9 @@ def training_step(
     Raises:
         ValueError: If a number is not positive, or there is no such preset.
     """
-    checks.check_positive_integer("batch_size", batch_size)
-    checks.check_positive_integer("num_steps", num_steps)
+    preset_files.find(preset)
+    batch_size = checks.check_positive_integer("batch_size", batch_size)
+    num_steps = checks.check_positive_integer("num_steps", num_steps)
     model = preset_files.load_model(DiffusionModel, preset, load_weights=False)
     model.compile(optimizer=keras.optimizers.Adam(1e-4))
     num = (num_steps + 3) * batch_size  # the first steps compile
@@ -112,7 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = vars(parser.parse_args(arguments))
     write = args.pop("write")
-    step = training_step(**args)
+    try:
+        step = training_step(**args)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     print(json.dumps(step, indent=2))
     if write:
         facts = preset_files.read(args["preset"], preset_files.METADATA)
