@@ -4,6 +4,7 @@ That is: the argument's name, what is allowed, and what came. A check hands the
 value back as plain Python's, so that a configuration can hold it.
 """
 
+import contextlib
 import math
 import os
 import random
@@ -23,16 +24,18 @@ SEED_END = 2**31 - 2
 
 def describe(value: Any) -> str:
     """A value for a message: short, and in one line, whatever it is."""
-    arrays = hasattr(value, "shape") and hasattr(value, "dtype")
-    if arrays and not isinstance(value, np.generic):
-        kind, shape = type(value).__name__, tuple(value.shape)
-        return f"{kind} of shape {shape}, dtype {value.dtype}"
-    try:
+    kind = type(value).__name__
+    # Because a message must not fail for what it is about, anything may go
+    # wrong here.
+    with contextlib.suppress(Exception):
+        arrays = hasattr(value, "shape") and hasattr(value, "dtype")
+        if arrays and not isinstance(value, np.generic):
+            return f"{kind} of shape {tuple(value.shape)}, dtype {value.dtype}"
+    text = "an object"
+    with contextlib.suppress(Exception):
         text = " ".join(repr(value).split())
-    except Exception:  # because a message must not fail for what it is about
-        text = "an object"
     text = text if len(text) <= 100 else f"{text[:97]}..."
-    return f"{text} of type {type(value).__name__}"
+    return f"{text} of type {kind}"
 
 
 def invalid(name: str, allowed: str, value: Any) -> ValueError:
@@ -50,24 +53,22 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def check_integer(
-    name: str, value: Any, low: int, high: int | None = None
+    name: str, value: Any, low: int, high: int = 2**31 - 1
 ) -> int:
     """Raises unless `value` is an integer of at least `low`, at most `high`."""
     allowed = f"an integer of at least {low}"
-    if high is not None:
-        allowed += f" and at most {high}"
     if isinstance(value, (bool, np.bool_)) or not isinstance(
         value, (int, np.integer)
     ):
         raise invalid(name, allowed, value)
-    if value < low or (high is not None and value > high):
+    if value < low:
         raise invalid(name, allowed, value)
+    if value > high:
+        raise invalid(name, f"{allowed} and at most {high}", value)
     return int(value)
 
 
-def check_positive_integer(
-    name: str, value: Any, high: int | None = None
-) -> int:
+def check_positive_integer(name: str, value: Any, high: int = 2**31 - 1) -> int:
     """Raises unless `value` is an integer of at least 1, at most `high`."""
     return check_integer(name, value, 1, high)
 
@@ -206,6 +207,14 @@ def check_shape(name: str, value: Any, axes: Sequence[str]) -> tuple[int, ...]:
 # Arrays of data.
 
 
+def is_array(value: Any) -> bool:
+    """Whether it is an array or tensor of at least one axis."""
+    shape = getattr(value, "shape", ())
+    return (
+        hasattr(value, "dtype") and hasattr(shape, "__len__") and len(shape) > 0
+    )
+
+
 def check_images(name: str, images: Any, image_shape: Sequence[int]) -> None:
     """Raises unless `images` is a batch of float images in [-1, 1].
 
@@ -240,7 +249,7 @@ def check_image_shape(
 
     Arguments as in `check_images`.
     """
-    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+    if not is_array(images):
         raise invalid(name, "an array of images", images)
     shape, expected = tuple(images.shape), tuple(image_shape)
     if shape[1:] != expected:

@@ -16,6 +16,8 @@ from keras_mscm.checks import (
     check_labels,
     check_signed,
     describe,
+    invalid,
+    is_array,
     warn_unsigned,
 )
 from keras_mscm.models import streams
@@ -24,13 +26,13 @@ from keras_mscm.models.streams import Watch, as_tuple
 
 def as_loss(loss: Any) -> Any:
     """What Keras makes of a loss, its name or configuration; None of None."""
+    allowed = "a loss of `keras_mscm.losses` or another `keras.losses.Loss`"
+    if isinstance(loss, type) and not issubclass(loss, keras.losses.Loss):
+        raise invalid("loss", allowed, loss)
     try:
         return keras.losses.get(loss)
     except ValueError as error:
-        raise ValueError(
-            "`loss` must be a loss of `keras_mscm.losses` or another "
-            f"`keras.losses.Loss`. Received: loss={loss!r}"
-        ) from error
+        raise invalid("loss", allowed, loss) from error
 
 
 def check_loss(loss: Any, image_shape: tuple[int, ...]) -> None:
@@ -152,7 +154,7 @@ def check_batch(name: str, batch: Any, expected: Expected) -> None:
     """
     batch = as_tuple(batch)
     images, y, sample_weight = (*batch, None, None, None)[:3]
-    if not hasattr(images, "shape") or len(batch) > 3:
+    if not is_array(images) or len(batch) > 3:
         raise ValueError(
             f"`{name}` must be or yield `images`, `(images, labels)` or "
             f"`(images, labels, sample_weight)`, all arrays.{_as_map(batch)} "
@@ -202,7 +204,7 @@ def check_data(
     Returns:
         What to train on, and what watches it if it is a stream.
     """
-    if hasattr(x, "shape"):
+    if is_array(x):
         if y is None and sample_weight is not None:
             raise ValueError(
                 f"`{name} (sample_weight)` must come with labels: without, "

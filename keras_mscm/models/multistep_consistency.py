@@ -112,8 +112,7 @@ class MultistepConsistencyModel(StudentModel):
             name="annealing",
         )
         if callable(teacher_steps) and not isinstance(teacher_steps, type):
-            begin = float(teacher_steps(ops.zeros((), "int32")))
-            self._check_teacher_steps("teacher_steps", begin)
+            self._check_teacher_steps("teacher_steps", _first(teacher_steps))
         else:
             self._check_teacher_steps("teacher_steps", teacher_steps)
             self.anneal_teacher_steps(teacher_steps, teacher_steps, 1)
@@ -219,6 +218,18 @@ class MultistepConsistencyModel(StudentModel):
             # In that, what says how a teacher's steps are taken had no effect.
             config = {k: v for k, v in config.items() if k not in OF_TEACHER}
         return super().from_config(config, custom_objects)
+
+
+def _first(teacher_steps: Callable[[Tensor], Tensor]) -> float:
+    """The teacher steps that a function gives for the first iteration."""
+    try:
+        return float(teacher_steps(ops.zeros((), "int32")))
+    except Exception as error:  # because it is somebody else's function
+        raise checks.invalid(
+            "teacher_steps",
+            "a number, or a function of the iteration that gives one",
+            teacher_steps,
+        ) from error
 
 
 def _check_no_teacher(arguments: dict[str, Any]) -> None:

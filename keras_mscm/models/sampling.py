@@ -87,6 +87,14 @@ def request(
         for name, value in conditioning.items()
         if value is not None
     }
+    for name in given:
+        # What is said of labels is the same as in training.
+        if name not in ("labels", *model.conditioning_names):
+            raise ValueError(
+                f"`{name}` must not be given: the network takes "
+                f"{model.conditioning_names or 'no conditioning'}. Received: "
+                f"{name}={checks.describe(given[name])}"
+            )
     counts = {}
     if num_images is not None:
         counts["num_images"] = checks.check_positive_integer(
@@ -98,8 +106,7 @@ def request(
         counts["noise"] = noise.shape[0]
     if len(set(counts.values())) > 1:
         raise ValueError(
-            "`num_images`, the conditioning and `noise` must agree in "
-            f"number. Received: {counts}"
+            f"`{'`, `'.join(counts)}` must agree in number. Received: {counts}"
         )
     count = next(iter(counts.values()), model.num_classes or 1)
     if batch_size is None:

@@ -263,7 +263,7 @@ def bad_generate_arguments():
     yield {"noise": IMAGES[:0]}, "noise", r"\(0, 4, 4, 1\)", "no images"
     yield (
         {"noise": IMAGES, "num_images": 3},
-        "`num_images`, the conditioning and `noise`",
+        "`num_images`, .*`noise`",
         "'num_images': 3, 'noise': 8",
         "agree",
     )
@@ -496,7 +496,7 @@ def test_an_unattached_teacher(make_student, count_calls, tmp_path):
     [
         ({"start": 4}, "start", "start=4", "student_steps=8"),
         ({"end": 7}, "end", "end=7", "student_steps=8"),
-        ({"start": "64"}, "start", "'64'", "student_steps=8"),
+        ({"start": "64"}, "start", "'64'", "number of at least 1"),
         ({"iterations": 0}, "iterations", "iterations=0", "at least 1"),
         ({"iterations": 1e5}, "iterations", "float", "integer"),
     ],
