@@ -35,6 +35,9 @@ class TeacherStepAnneal(keras.callbacks.Callback):
     keeps it, also where `epochs` has grown since; one that begins at epoch 0
     again, and goes beyond the run it was chosen for, is given a new one.
 
+    What else a short run wants: at one student step half the learning rate
+    (benchmarks/annealing/table.md). Its moving average is short of itself.
+
     The schedule is set once, as the first epoch begins. The compiled step works
     out the number for the iteration that it is at, so nothing is compiled
     again, and a resumed training goes on where it was.
@@ -111,19 +114,21 @@ class TeacherStepAnneal(keras.callbacks.Callback):
         model = self.model
         run = self._whole_run(model, epoch)
         annealing: Annealing
+        told = ""
         given = self.start, self.end, self.iterations
         if given[0] is not None and given[1] is not None and given[2]:
             annealing = given[0], given[1], given[2]
-            self._warn_of_a_short_run(annealing, run, model.student_steps)
         else:
             annealing, told = self._choose(model, epoch, run)
-            if self.params.get("verbose"):
-                start, end, iterations = annealing
-                print(
-                    f"Teacher steps go from {start:g} to {end:g} over "
-                    f"{iterations} iterations, {told}."
-                )
         model.anneal_teacher_steps(*annealing)
+        if self.iterations is not None and run is not None:
+            self._warn_of_a_short_run(annealing, run, model.student_steps)
+        if told and self.params.get("verbose"):
+            start, end, iterations = annealing
+            print(
+                f"Teacher steps go from {start:g} to {end:g} over "
+                f"{iterations} iterations, {told}."
+            )
 
     def _whole_run(self, model: Any, epoch: int) -> int | None:
         """Updates of the whole training; None if `fit` doesn't know."""
@@ -175,10 +180,10 @@ class TeacherStepAnneal(keras.callbacks.Callback):
         return (start, end, iterations), f"chosen for a run of {run}"
 
     def _warn_of_a_short_run(
-        self, annealing: Annealing, run: int | None, student_steps: int
+        self, annealing: Annealing, run: int, student_steps: int
     ) -> None:
         start, end, iterations = annealing
-        if run is None or run >= iterations or start == end or self._warned:
+        if run >= iterations or start == end or self._warned:
             return
         self._warned = True
         reached = float(F.teacher_steps(run - 1, start, end, iterations))

@@ -352,6 +352,11 @@ def test_a_run_that_is_over_too_soon_warns_once(make_model):
         begin(anneal, model, steps=3, epochs=2)
 
 
+def test_iterations_alone_can_be_too_many(make_model):
+    with pytest.warns(UserWarning, match=r"run of 6 .*iterations=1000"):
+        begin(TeacherStepAnneal(iterations=1000), make_model(), 3, epochs=2)
+
+
 @pytest.mark.parametrize(
     ("numbers", "steps"),
     [((2, 8, 6), 3), ((2, 8, 6), None), ((8, 8, 100), 3), ((), 3)],
