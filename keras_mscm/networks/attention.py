@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_mscm import backend
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks.arguments import check_head, check_size
 
 
 def split_heads(
@@ -91,15 +92,20 @@ class CrossAttention(keras.layers.Layer):
 
     Call returns:
         What is to be added to the places.
+
+    Raises:
+        ValueError: If `head_width` isn't an integer in 1..65536 that divides
+            the channels, which is known when the layer is built.
     """
 
     def __init__(self, head_width: int = 64, **kwargs: Any):
         super().__init__(**kwargs)
-        self.head_width = head_width
+        self.head_width = check_size("head_width", head_width)
 
     def build(self, input_shape: tuple) -> None:
         places, tokens, _ = input_shape
         width, policy = places[-1], self.dtype_policy
+        check_head(width, self.head_width)
         self.num_heads = width // self.head_width
 
         def dense(units, name, **kw):

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks.arguments import check_size
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -30,15 +31,18 @@ class ContextEmbedding(keras.layers.Layer):
         mask, `(batch, 1 + length)`; and a projection of their mean, `(batch,
         width)`.
 
+    Raises:
+        ValueError: If `width` isn't an integer in 1..65536.
+
     Reference:
         Saharia et al., *Imagen*, 2022, section 2.4 and appendix B.1.
     """
 
     def __init__(self, width: int, **kwargs: Any):
         super().__init__(**kwargs)
-        self.width = width
+        self.width = check_size("width", width)
         self.projection = keras.layers.Dense(
-            width, dtype=self.dtype_policy, name="projection"
+            self.width, dtype=self.dtype_policy, name="projection"
         )
 
     def build(self, input_shape: tuple) -> None:

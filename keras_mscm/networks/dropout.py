@@ -1,12 +1,15 @@
 """Dropout whose mask is a hash: cheap, and the same on every backend."""
 
 import math
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks.arguments import check_rate
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -19,13 +22,25 @@ class Dropout(keras.layers.Dropout):
     numbers is much dearer on a CPU. An example's mask depends neither on the
     backend, nor on the other examples, nor on how many devices share them.
 
-    Arguments and returns are those of `keras.layers.Dropout`.
+    Args:
+        rate: The part that is dropped, in [0, 1).
+        noise_shape: None, as each element has a bit of its own; here because
+            configurations of `keras.layers.Dropout` have it.
+        seed: Seed, in 0..2**31 - 3. None draws one, as
+            `keras.utils.set_random_seed` says.
+        **kwargs: As for any Keras layer.
 
     Call arguments:
         inputs: Tensor, `(batch, ...)`.
         training: Whether to drop.
         state: What `draw` has returned: calls with the same one drop the same.
             By default each call draws one.
+
+    Call returns:
+        Tensor of the same shape.
+
+    Raises:
+        ValueError: If an argument isn't as above.
 
     Example:
 
@@ -38,6 +53,21 @@ class Dropout(keras.layers.Dropout):
         The hash is the 32-bit finaliser of least bias of C. Wellons, *Hash
         Prospector*, 2018 to 2022.
     """
+
+    def __init__(
+        self,
+        rate: float,
+        noise_shape: None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        if noise_shape is not None:
+            raise checks.invalid("noise_shape", "None", noise_shape)
+        super().__init__(
+            check_rate("rate", rate),
+            seed=checks.check_seed("seed", seed),
+            **kwargs,
+        )
 
     def draw(self) -> Tensor | None:
         """What the next mask is a hash of; None at rate 0.
@@ -59,6 +89,23 @@ class Dropout(keras.layers.Dropout):
             return inputs
         state = self.draw() if state is None else state
         return _fused(inputs, state, first_example(inputs), rate=self.rate)
+
+
+def seeds_apart(seed: int | None, number: int, drops: bool) -> list[int]:
+    """Seeds for several layers, of one for all.
+
+    They are far apart, as a backend may take seed + counter for its state.
+
+    Args:
+        seed: Seed; None draws one.
+        number: How many.
+        drops: Whether any is used.
+    """
+    if seed is None and not drops:
+        seed = 0  # Weights draw theirs from the same generator.
+    seed = checks.as_seed("seed", seed)
+    words = np.random.SeedSequence(seed).generate_state(number) >> 1
+    return [int(word) for word in words % checks.SEED_END]
 
 
 def first_example(x: Tensor) -> Tensor:
@@ -90,7 +137,8 @@ def _keep(x: Tensor, state: Tensor, first: Tensor, rate: float) -> Tensor:
     place = ops.arange(math.prod(x.shape[1:]), dtype="int32")
     key = _hash(example + _hash(seed + _hash(count)))
     bits = _hash(ops.bitwise_xor(place, key[:, None]))
-    threshold = round(rate * 2**32) - 2**31
+    # The largest there is where the rate rounds to 1, as 2**31 is no int32.
+    threshold = min(round(rate * 2**32) - 2**31, 2**31 - 1)
     return ops.reshape(bits >= threshold, ops.shape(x))
 
 

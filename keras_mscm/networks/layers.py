@@ -6,8 +6,15 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks.arguments import (
+    MAX_RATIO,
+    check_even,
+    check_head,
+    check_rate,
+    check_size,
+)
 from keras_mscm.networks.attention import CrossAttention, attend, split_heads
 from keras_mscm.networks.dropout import Dropout, dropped, first_example
 from keras_mscm.networks.normalization import GroupNormalization
@@ -29,11 +36,14 @@ class NoiseLevelEmbedding(keras.layers.Layer):
 
     Call returns:
         Embedding, `(batch, width)`.
+
+    Raises:
+        ValueError: If `width` isn't as above.
     """
 
     def __init__(self, width: int, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
-        self.width = width
+        self.width = width = check_even("width", width)
         self.hidden = keras.layers.Dense(
             width, activation="swish", dtype=self.dtype_policy, name="hidden"
         )
@@ -71,7 +81,7 @@ class ResNetBlock(keras.layers.Layer):
 
     Args:
         dropout: Dropout rate before the second convolution, in [0, 1).
-        seed: Seed of the dropout.
+        seed: Seed of the dropout, in 0..2**31 - 3. None draws one.
         remat: Whether training keeps only what goes into the block, and
             computes it once more for the gradient.
         **kwargs: As for any Keras layer.
@@ -83,6 +93,9 @@ class ResNetBlock(keras.layers.Layer):
 
     Call returns:
         Feature maps of the same shape.
+
+    Raises:
+        ValueError: If an argument isn't as above.
     """
 
     def __init__(
@@ -93,7 +106,9 @@ class ResNetBlock(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.dropout_rate, self.seed, self.remat = dropout, seed, remat
+        self.dropout_rate = check_rate("dropout", dropout)
+        self.seed = checks.check_seed("seed", seed)
+        self.remat = checks.check_boolean("remat", remat)
 
     def build(self, input_shape: tuple) -> None:
         maps, embedding = input_shape
@@ -198,7 +213,7 @@ class TransformerBlock(keras.layers.Layer):
         head_width: Width of an attention head; must divide the channels.
         mlp_ratio: Width of the hidden layer over the channels.
         dropout: Dropout rate on the hidden layer, in [0, 1).
-        seed: Seed of the dropout.
+        seed: Seed of the dropout, in 0..2**31 - 3. None draws one.
         remat: As in `ResNetBlock`.
         **kwargs: As for any Keras layer.
 
@@ -211,6 +226,9 @@ class TransformerBlock(keras.layers.Layer):
 
     Call returns:
         Feature maps of the same shape.
+
+    Raises:
+        ValueError: If an argument isn't as above.
     """
 
     def __init__(
@@ -223,13 +241,17 @@ class TransformerBlock(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.head_width, self.mlp_ratio = head_width, mlp_ratio
-        self.dropout_rate, self.seed, self.remat = dropout, seed, remat
+        self.head_width = check_size("head_width", head_width)
+        self.mlp_ratio = check_size("mlp_ratio", mlp_ratio, MAX_RATIO)
+        self.dropout_rate = check_rate("dropout", dropout)
+        self.seed = checks.check_seed("seed", seed)
+        self.remat = checks.check_boolean("remat", remat)
 
     def build(self, input_shape: tuple) -> None:
         maps, embedding, *context = input_shape
         width, policy = maps[-1], self.dtype_policy
         hidden = self.mlp_ratio * width
+        check_head(width, self.head_width)
         self.num_heads = width // self.head_width
 
         def dense(units, name, **kw):

@@ -1,8 +1,12 @@
 """Group normalisation whose statistics take one pass over the maps."""
 
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
 
+from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
 
 
@@ -18,12 +22,20 @@ class GroupNormalization(keras.layers.GroupNormalization):
     Arguments, call arguments and returns as of
     `keras.layers.GroupNormalization`, with `axis=-1`.
 
+    Raises:
+        ValueError: If `axis` is another, or as Keras' layer raises it.
+
     Example:
 
     >>> layer = GroupNormalization(4)
     >>> layer(ops.ones((2, 8, 8, 16))).shape == (2, 8, 8, 16)
     True
     """
+
+    def __init__(self, groups: int = 32, axis: int = -1, **kwargs: Any):
+        if not isinstance(axis, (int, np.integer)) or axis != -1:
+            raise checks.invalid("axis", "-1", axis)
+        super().__init__(groups, axis=-1, **kwargs)
 
     def call(self, inputs: Tensor) -> Tensor:
         dtype = keras.backend.result_type(inputs.dtype, "float32")
@@ -33,8 +45,9 @@ class GroupNormalization(keras.layers.GroupNormalization):
         square = self._over_groups(ops.mean(ops.square(x), axis=places))
         # Rounding may leave it below 0, where all values are nearly the same.
         variance = ops.maximum(square - ops.square(mean), 0.0)
-        scale = ops.rsqrt(variance + self.epsilon) * self.gamma
-        shift = self.beta - mean * scale
+        scale = ops.rsqrt(variance + self.epsilon)
+        scale = scale * self.gamma if self.scale else scale
+        shift = self.beta - mean * scale if self.center else -mean * scale
         shape = (-1, *(1 for _ in places), inputs.shape[-1])
         normalized = x * ops.reshape(scale, shape) + ops.reshape(shift, shape)
         return ops.cast(normalized, self.compute_dtype)

@@ -6,29 +6,34 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_mscm import backend, preset_files
+from keras_mscm import backend, checks, preset_files
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks.arguments import (
+    MAX_CLASSES,
+    MAX_RATIO,
+    check_depths,
+    check_even,
+    check_heads,
+    check_image_shape,
+    check_inputs,
+    check_optional,
+    check_rates,
+    check_size,
+    check_switches,
+    check_trainable,
+    check_widths,
+)
 from keras_mscm.networks.context import ContextEmbedding
+from keras_mscm.networks.dropout import seeds_apart
 from keras_mscm.networks.layers import (
     NoiseLevelEmbedding,
     PositionEmbedding,
     ResNetBlock,
     TransformerBlock,
 )
-
-
-def _per_stage(name: str, values: Any, stages: int) -> tuple:
-    if not isinstance(values, (list, tuple)):
-        values = (values,) * stages
-    if len(values) != stages:
-        raise ValueError(
-            f"`{name}` must have one entry per stage, as `widths` has. "
-            f"Received: {name}={values} for {stages} stages"
-        )
-    return tuple(values)
+from keras_mscm.networks.patches import to_patches, to_pixels
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -44,7 +49,7 @@ class UViT(keras.Model):
     Args:
         image_shape: Height, width and channels of the images.
         widths: Channels of each stage; the last one is the middle.
-        depths: Blocks of each stage (per direction).
+        depths: Blocks of each stage (per direction), at least 1.
         attention: For each stage, whether its blocks are transformers (else
             ResNet blocks); or one value for all.
         num_classes: Number of classes; None for a network without. There is
@@ -57,9 +62,10 @@ class UViT(keras.Model):
             become channels of the first stage.
         head_width: Width of an attention head.
         mlp_ratio: Width of a transformer's hidden layer over its channels.
-        embedding_width: Width of the conditioning.
+        embedding_width: Width of the conditioning, even and at least 4.
         dropout: Dropout rate of each stage, in [0, 1); or one for all.
-        seed: Seed of the dropout. None draws one.
+        seed: Seed of the dropout, in 0..2**31 - 3. None draws one, as
+            `keras.utils.set_random_seed` says.
         remat: For each stage, whether training keeps only what goes into its
             blocks, and computes each once more for the gradient
             (rematerialisation, Chen et al., 2016): less memory, for up to a
@@ -81,8 +87,11 @@ class UViT(keras.Model):
         Prediction, of the shape of the images, in the compute dtype.
 
     Raises:
-        ValueError: If stages disagree in number, or the images don't divide
-            into patches and poolings, or channels into heads.
+        ValueError: If an argument isn't as above, or too large (widths, sides
+            and channels end at 65536, blocks of a stage at 1024); if stages
+            disagree in number, images don't divide into patches and poolings,
+            or channels into heads. In a call: if inputs are lacking, or in
+            training, if weights are float16, which optimizers don't train.
 
     Example:
 
@@ -128,18 +137,25 @@ class UViT(keras.Model):
         # Each layer casts for itself: the log-SNR stays float32 until it is
         # embedded.
         super().__init__(autocast=False, **kwargs)
-        stages = len(widths)
-        self.image_shape = tuple(image_shape)
-        self.widths, self.depths = tuple(widths), tuple(depths)
-        _per_stage("depths", self.depths, stages)
-        self.attention = _per_stage("attention", attention, stages)
-        self.dropout = _per_stage("dropout", dropout, stages)
-        self.remat = _per_stage("remat", remat, stages)
-        self.num_classes, self.patch_size = num_classes, patch_size
-        self.context_width = context_width
-        self.head_width, self.mlp_ratio = head_width, mlp_ratio
-        self.embedding_width, self.seed = embedding_width, seed
-        self._check_shapes()
+        self.widths = check_widths("widths", widths)
+        stages = len(self.widths)
+        self.depths = check_depths("depths", depths, stages)
+        self.attention = check_switches("attention", attention, stages)
+        self.remat = check_switches("remat", remat, stages)
+        self.dropout = check_rates("dropout", dropout, stages)
+        self.num_classes = check_optional(
+            "num_classes", num_classes, MAX_CLASSES
+        )
+        self.context_width = check_optional("context_width", context_width)
+        self.patch_size = check_size("patch_size", patch_size)
+        self.head_width = check_size("head_width", head_width)
+        self.mlp_ratio = check_size("mlp_ratio", mlp_ratio, MAX_RATIO)
+        self.embedding_width = check_even("embedding_width", embedding_width)
+        self.seed = checks.check_seed("seed", seed)
+        self.image_shape = check_image_shape(
+            image_shape, self.patch_size * 2 ** (stages - 1)
+        )
+        check_heads(self.widths, self.attention, self.head_width)
 
         def dense(units, name, **kw):
             return keras.layers.Dense(
@@ -147,29 +163,26 @@ class UViT(keras.Model):
             )
 
         self.embed_noise = NoiseLevelEmbedding(
-            embedding_width, dtype=self.dtype_policy, name="embed_noise"
+            self.embedding_width, dtype=self.dtype_policy, name="embed_noise"
         )
-        self.embed_label = num_classes and keras.layers.Embedding(
-            num_classes + 1,
-            embedding_width,
+        self.embed_label = self.num_classes and keras.layers.Embedding(
+            self.num_classes + 1,
+            self.embedding_width,
             dtype=self.dtype_policy,
             name="embed_label",
         )
-        self.embed_context = context_width and ContextEmbedding(
-            embedding_width, dtype=self.dtype_policy, name="embed_context"
+        self.embed_context = self.context_width and ContextEmbedding(
+            self.embedding_width, dtype=self.dtype_policy, name="embed_context"
         )
-        pixels = patch_size**2 * self.image_shape[-1]
+        pixels = self.patch_size**2 * self.image_shape[-1]
         self.entry = dense(self.widths[0], "entry")
         self.exit_norm = keras.layers.RMSNormalization(
             dtype=self.dtype_policy, name="exit_norm"
         )
         self.exit = dense(pixels, "exit", kernel_initializer="zeros")
 
-        # Far apart, as a backend may take seed + counter for its state, and of
-        # 31 bits, as PyTorch's seed states are int32.
-        seeds = iter(
-            np.random.SeedSequence(seed).generate_state(2 * sum(depths)) >> 1
-        )
+        drops, number = any(self.dropout), 2 * sum(self.depths)
+        seeds = iter(seeds_apart(self.seed, number, drops))
 
         def blocks(stage, way):
             common = dict(
@@ -178,10 +191,10 @@ class UViT(keras.Model):
                 dtype=self.dtype_policy,
             )
             for i in range(self.depths[stage]):
-                common["seed"], name = int(next(seeds)), f"{way}_{stage}_{i}"
+                common["seed"], name = next(seeds), f"{way}_{stage}_{i}"
                 if self.attention[stage]:
                     yield TransformerBlock(
-                        head_width, mlp_ratio, name=name, **common
+                        self.head_width, self.mlp_ratio, name=name, **common
                     )
                 else:
                     yield ResNetBlock(name=name, **common)
@@ -190,10 +203,9 @@ class UViT(keras.Model):
         self.down = [list(blocks(stage, "down")) for stage in outer]
         self.middle = list(blocks(middle, "middle"))
         self.up = [list(blocks(stage, "up")) for stage in outer]
-        self.widen = [dense(w, f"widen_{i}") for i, w in enumerate(widths[1:])]
-        self.narrow = [
-            dense(w, f"narrow_{i}") for i, w in enumerate(widths[:-1])
-        ]
+        finer, coarser = enumerate(self.widths[:-1]), enumerate(self.widths[1:])
+        self.widen = [dense(w, f"widen_{i}") for i, w in coarser]
+        self.narrow = [dense(w, f"narrow_{i}") for i, w in finer]
         self.positions = [
             PositionEmbedding(dtype=self.dtype_policy, name=f"position_{i}")
             if attends
@@ -207,31 +219,6 @@ class UViT(keras.Model):
             data_format="channels_last", dtype=self.dtype_policy, name="unpool"
         )
         self.build()
-
-    def _check_shapes(self) -> None:
-        if len(self.image_shape) != 3:
-            raise ValueError(
-                "`image_shape` must be (height, width, channels). Received: "
-                f"image_shape={self.image_shape}"
-            )
-        multiple = self.patch_size * 2 ** (len(self.widths) - 1)
-        if any(side % multiple for side in self.image_shape[:2]):
-            raise ValueError(
-                f"The sides of `image_shape` must be multiples of {multiple} "
-                "(`patch_size` times 2 per pooling). Received: "
-                f"image_shape={self.image_shape}"
-            )
-        if not all(isinstance(remat, bool) for remat in self.remat):
-            raise ValueError(
-                "`remat` must be True or False, or one of these per stage. "
-                f"Received: remat={self.remat}"
-            )
-        for width, attends in zip(self.widths, self.attention):
-            if attends and width % self.head_width:
-                raise ValueError(
-                    "`widths` of stages with attention must be multiples of "
-                    f"`head_width`={self.head_width}. Received: {width}"
-                )
 
     def build(self, input_shape: Any = None) -> None:
         if self.built:
@@ -283,6 +270,9 @@ class UViT(keras.Model):
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
+        check_inputs(inputs, self.num_classes, self.context_width)
+        if training:
+            check_trainable(self.dtype_policy)
         embedding = self.embed_noise(inputs["logsnr"])
         if self.embed_label:
             embedding = embedding + self.embed_label(inputs["labels"])
@@ -296,7 +286,7 @@ class UViT(keras.Model):
             [embedding, *context] if attends else [embedding]
             for attends in self.attention
         ]
-        maps = self.entry(_to_patches(inputs["z"], self.patch_size))
+        maps = self.entry(to_patches(inputs["z"], self.patch_size))
 
         skips = []
         for stage, blocks in enumerate(self.down):
@@ -318,7 +308,7 @@ class UViT(keras.Model):
                 maps = block((maps, *conditions[stage]), training=training)
 
         maps = self.exit(ops.silu(self.exit_norm(maps)))
-        return _to_pixels(maps, self.patch_size)
+        return to_pixels(maps, self.patch_size)
 
     def _place(self, stage: int, maps: Tensor) -> Tensor:
         position = self.positions[stage]
@@ -336,7 +326,13 @@ class UViT(keras.Model):
 
         Returns:
             Number of floating-point operations.
+
+        Raises:
+            ValueError: If `context_length` isn't an integer of at least 0.
         """
+        context_length = checks.check_integer(
+            "context_length", context_length, 0
+        )
         pixels = math.prod(self.image_shape) * self.widths[0]
         flops = self.embed_noise.flops() + 4 * pixels  # entry and exit
         length = 0
@@ -401,23 +397,3 @@ class UViT(keras.Model):
             "seed": self.seed,
             "remat": self.remat,
         }
-
-
-def _to_patches(images: Tensor, p: int) -> Tensor:
-    """`(b, h, w, c)` to `(b, h / p, w / p, p p c)`."""
-    if p == 1:
-        return images
-    _, h, w, c = images.shape
-    x = ops.reshape(images, (-1, h // p, p, w // p, p, c))
-    x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
-    return ops.reshape(x, (-1, h // p, w // p, p * p * c))
-
-
-def _to_pixels(patches: Tensor, p: int) -> Tensor:
-    """The inverse of `_to_patches`."""
-    if p == 1:
-        return patches
-    _, h, w, c = patches.shape
-    x = ops.reshape(patches, (-1, h, w, p, p, c // p**2))
-    x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
-    return ops.reshape(x, (-1, h * p, w * p, c // p**2))

@@ -84,3 +84,18 @@ def test_round_trip():
     )
     assert isinstance(copy, GroupNormalization)
     assert copy.get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("scale", [True, False])
+def test_without_center_or_scale_as_keras(center, scale):
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 8), "float32")
+    ours, keras_own = (
+        cls(4, center=center, scale=scale)
+        for cls in (GroupNormalization, keras.layers.GroupNormalization)
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(ours(x)),
+        ops.convert_to_numpy(keras_own(x)),
+        atol=1e-5,
+    )

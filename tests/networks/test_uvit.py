@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_mscm import UViT, backend
-from keras_mscm.networks.uvit import _to_patches, _to_pixels
+from keras_mscm.networks.patches import to_patches, to_pixels
 
 SHAPES = {
     "vit": {},
@@ -345,9 +345,7 @@ def test_only_stages_that_attend_have_positions(tiny_uvit):
 
 def test_patches_are_the_squares_of_the_image():
     images = np.arange(2 * 4 * 6 * 3, dtype="float32").reshape(2, 4, 6, 3)
-    patches = ops.convert_to_numpy(
-        _to_patches(ops.convert_to_tensor(images), 2)
-    )
+    patches = ops.convert_to_numpy(to_patches(ops.convert_to_tensor(images), 2))
     assert patches.shape == (2, 2, 3, 12)
     for i in range(2):
         for j in range(3):
@@ -360,8 +358,8 @@ def test_patches_are_the_squares_of_the_image():
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_pixels_undo_patches(patch_size):
     images = np.random.default_rng(0).standard_normal((2, 8, 4, 3), "float32")
-    patches = _to_patches(ops.convert_to_tensor(images), patch_size)
-    np.testing.assert_array_equal(_to_pixels(patches, patch_size), images)
+    patches = to_patches(ops.convert_to_tensor(images), patch_size)
+    np.testing.assert_array_equal(to_pixels(patches, patch_size), images)
 
 
 def test_dropout_is_on_in_training_only(tiny_uvit):
@@ -508,30 +506,3 @@ def test_flops_are_xlas(context_width):
     assert network.flops(context_length=4) == pytest.approx(
         compiled.cost_analysis()["flops"], rel=0.02
     )
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"image_shape": (8, 8)}, "`image_shape` must be"),
-        ({"image_shape": (9, 8, 1), "patch_size": 2}, "multiples of 2"),
-        (
-            {
-                "image_shape": (8, 12, 1),
-                "widths": (16,) * 3,
-                "depths": (1,) * 3,
-                "patch_size": 2,
-            },
-            "multiples of 8",
-        ),
-        ({"widths": (24,)}, "multiples of `head_width`=16"),
-        ({"depths": (1, 2)}, "`depths` must have one entry per stage"),
-        ({"attention": (True, False)}, "`attention` must have one entry"),
-        ({"dropout": (0.1, 0.1)}, "`dropout` must have one entry"),
-        ({"remat": (True, False)}, "`remat` must have one entry"),
-        ({"remat": "full"}, "`remat` must be True or False"),
-    ],
-)
-def test_bad_arguments(tiny_uvit, config, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_uvit(**config)
