@@ -47,13 +47,14 @@ def suggested_annealing(run: int, student_steps: int) -> tuple[int, int, int]:
     up to the paper's 64 and 1280 at its 200,000 updates, whatever K is; `end`
     is at least four steps per segment, `start` one.
 
-    The powers are measured, in runs of 300 to 4,500 updates
-    (benchmarks/annealing/table.md, benchmarks/README.md): too many steps cost
-    far more than too few. On Fashion-MNIST in one step, 300 updates went best
-    to 16, with 1.4 times the teacher's distance; to 32 they left 3.9 times.
-    1,500 went about equally well to 16 and 32, and badly to 160. The digits
-    would bear 32 to 64 from 300 updates on. Between 4,500 updates and the
-    paper's 200,000 nothing was measured.
+    The powers are fitted to runs of 300 to 3,000 updates, and to 1,500 of
+    Fashion-MNIST (benchmarks/annealing/table.md, benchmarks/README.md), with
+    Fashion-MNIST in one step in mind, where too many steps cost far more than
+    too few: 300 updates went best to 16, with 1.4 times the teacher's distance,
+    and to 32 left 3.9 times; 1,500 went equally well to 16 and 32, and badly to
+    160. By the rule, 1,000 left 1.7 times. The digits bear 32 to 64 from 300
+    updates on, and in one step lose by the rule up to 29 % of distance there.
+    Between these runs and the paper's 200,000 nothing was measured.
 
     Args:
         run: Updates of the whole training, at least 1.
