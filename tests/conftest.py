@@ -1,6 +1,7 @@
 import ctypes
 import gc
 import os
+import resource
 from pathlib import Path
 
 # Before PyTorch is imported: the tests' tensors are small, and its threads
@@ -33,16 +34,29 @@ if BACKEND == "jax":
 os.environ.setdefault("XLA_FLAGS", flags)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forgotten():
-    """What was compiled for a file's tests is not kept in memory."""
-    yield
-    keras.utils.clear_session(free_memory=False)
+def forget():
+    """Gives back the memory of all that was compiled."""
     if BACKEND == "jax":
         jax.clear_caches()
     gc.collect()
     # The C library, if it is GNU's, keeps what is free otherwise.
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_after_a_file():
+    yield
+    keras.utils.clear_session(free_memory=False)
+    forget()
+
+
+@pytest.fixture(autouse=True)
+def forgotten_when_there_is_much():
+    yield
+    statm = Path("/proc/self/statm")  # Linux has it
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    if pages * resource.getpagesize() > 2e9:
+        forget()
 
 
 @pytest.fixture(autouse=True)
