@@ -12,7 +12,8 @@ from keras import ops
 from keras_mscm import backend, checks
 from keras_mscm.functional.process import Tensor
 
-FLOAT32 = np.finfo("float32")
+# Beyond it float32 would keep nothing of images in [0, 1].
+LARGEST = 2**24
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos3", "lanczos5", "nearest")
 
 
@@ -93,7 +94,7 @@ class FeatureExtractor:
             features = as_numbers(output)
             if features is None or features.ndim != 2 or len(features) != size:
                 raise ValueError(
-                    f"`function` of the extractor {self._name!r} must return "
+                    f"`function` of the `extractor` {self._name!r} must return "
                     "numbers of shape (batch, features). Received: "
                     f"{checks.describe(output)} for a batch of {size}"
                 )
@@ -104,7 +105,7 @@ class FeatureExtractor:
         bad = features.size - int(np.isfinite(features).sum())
         if bad:
             raise ValueError(
-                f"`function` of the extractor {self._name!r} must return "
+                f"`function` of the `extractor` {self._name!r} must return "
                 f"finite features. Received: {bad} of {features.size} that "
                 "are not"
             )
@@ -234,8 +235,8 @@ def keras_features(
     if size is not None:
         height, width = checks.check_shape("size", size, ("height", "width"))
         size = height, width
-    largest, least = float(FLOAT32.max), float(FLOAT32.tiny)
-    shift = _per_channel("mean", mean, -largest, "a finite number", shape[3])
+    least = float(np.finfo("float32").tiny)
+    shift = _per_channel("mean", mean, -LARGEST, "a finite number", shape[3])
     scale = _per_channel("std", std, least, "a positive number", shape[3])
 
     def network(images: Tensor) -> Tensor:
@@ -303,7 +304,7 @@ def _per_channel(
     name: str, value: Any, low: float, allowed: str, channels: int | None
 ) -> np.ndarray:
     """A number, or one per channel, as float32."""
-    allowed = f"{allowed}, or one per channel"
+    allowed = f"{allowed} of at most 2**24, or one per channel"
     if channels is not None:
         allowed += f" of {channels}"
     numbers = as_numbers(value) if hasattr(value, "shape") else value
@@ -315,9 +316,7 @@ def _per_channel(
         raise checks.invalid(name, allowed, value)
     try:
         for entry in entries:
-            checks.check_number(
-                name, entry, low, allowed, high=float(FLOAT32.max)
-            )
+            checks.check_number(name, entry, low, allowed, high=LARGEST)
     except ValueError:
         raise checks.invalid(name, allowed, value) from None
     return np.asarray(numbers, "float32")
@@ -381,7 +380,8 @@ def inception_v3(
         allowed = "(height, width) of at least 75 each"
         raise checks.invalid("size", allowed, size)
     checks.check_positive_integer("batch_size", batch_size)
-    if weights is not None and weights != "imagenet":
+    known = isinstance(weights, str) and weights == "imagenet"
+    if weights is not None and not known:
         weights = _weights_file(weights)
     model = keras.applications.InceptionV3(
         include_top=False,

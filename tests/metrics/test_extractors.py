@@ -297,6 +297,8 @@ def test_bad_models():
         ({"mean": "half"}, "`mean` must be a finite number"),
         ({"mean": True}, "`mean` must be a finite number"),
         ({"mean": 1e300}, "`mean` must be a finite number"),
+        ({"mean": -1e30}, "`mean` must be a finite number"),
+        ({"std": 1e30}, "`std` must be a positive number"),
         ({"mean": np.zeros((2, 2))}, "`mean` must be a finite number"),
         ({"mean": (0.5, 0.5, 0.5)}, "`mean` must .* one per channel of 1"),
         ({"pool": "mean"}, "`pool` must be a function"),
@@ -321,6 +323,7 @@ def test_means_of_other_channels_than_the_images():
     [
         ({"weights": True}, "`weights` must be"),
         ({"weights": ""}, "`weights` must be"),
+        ({"weights": np.zeros(3)}, "`weights` must be"),
         ({"weights": "nowhere.weights.h5"}, "`weights` must be"),
         ({"weights": Path(__file__).parent}, "`weights` must be"),
         ({"size": 299}, "`size` must be"),
