@@ -1,0 +1,177 @@
+"""All that is public, and what each takes.
+
+`names` walks the package, so that what is new can't be forgotten: a test fails
+for what has no entry in `good_arguments`. Of an entry's arguments the signature
+says the names and the annotations what they may be, but for a table in
+`domains`.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras_mscm
+from benchmarks.bad_arguments.domains import DOMAINS, SPECIAL
+from benchmarks.bad_arguments.values import Domain, of_annotation
+
+#: Public, but not called with arguments of one's own.
+EXEMPT = {
+    "datasets.EmojiImages": "a tuple that `emoji` returns",
+    "distribution.UnevenModelParallel": "takes Keras' arguments",
+    "presets.PRESETS": "a dictionary",
+    "samplers.StepSeed": "made of tensors, within a compiled loop",
+}
+#: Methods that Keras or the package itself calls, with what it has checked, and
+#: those of tensors, which are traced.
+PROTOCOL = {
+    *("absent", "build", "call", "check_guidable", "compile_from_config"),
+    *("compute", "default_loss", "default_weighting", "denoise"),
+    *("denoise_guided", "draw_normal", "draw_uniform", "during_fit"),
+    *("entry", "features", "sets", "update_features", "x_var"),
+    *("from_config", "get_compile_config", "get_config"),
+    *("get_variable_layout", "integrate", "keep", "load_own_variables"),
+    *("make_test_function", "make_train_function", "predict"),
+    *("require_features", "reset_state", "result", "save_own_variables"),
+    *("stage", "stage_steps", "step", "step_x", "steps_per_segment", "teach"),
+    *("teacher_step", "test_step", "train_step", "trained_steps"),
+    *("training_example", "update_state", "x_variance"),
+}
+
+
+#: What `tuple[Tensor, Tensor]` comes to.
+TENSORS = of_annotation(tuple[Any, Any])
+
+
+def _is_ours(thing: Any) -> bool:
+    return (getattr(thing, "__module__", "") or "").startswith("keras_mscm")
+
+
+def _public(module: types.ModuleType) -> list[str]:
+    """`__all__`, or what a module defines itself."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", None) == module.__name__
+    )
+
+
+def _methods(cls: type, public: set[type]) -> Iterator[str]:
+    """Those that no public base has already."""
+    above = [base for base in cls.__mro__[1:] if base in public]
+    for name in dir(cls):
+        method = inspect.getattr_static(cls, name)
+        function = getattr(method, "__func__", method)
+        if (
+            not name.startswith(("_", "on_"))
+            and name not in PROTOCOL
+            and inspect.isfunction(function)
+            and _is_ours(function)
+            and all(
+                inspect.getattr_static(base, name, None) is not method
+                for base in above
+            )
+        ):
+            yield name
+
+
+def names() -> set[str]:
+    """Everything public that can be called."""
+    modules = {"": keras_mscm}
+    for name in keras_mscm.__all__:
+        value = getattr(keras_mscm, name)
+        if isinstance(value, types.ModuleType):
+            modules[f"{name}."] = value
+    found: dict[str, Any] = {}
+    for prefix, module in modules.items():
+        for name in _public(module):
+            value = getattr(module, name)
+            if not isinstance(value, types.ModuleType):
+                found[prefix + name] = value
+    found = {name: v for name, v in found.items() if name not in EXEMPT}
+    classes = {name: v for name, v in found.items() if inspect.isclass(v)}
+    public = set(classes.values())
+    methods = {
+        f"{name}.{method}"
+        for name, cls in classes.items()
+        for method in _methods(cls, public)
+    }
+    return {*found, *methods}
+
+
+@dataclasses.dataclass
+class Entry:
+    """Something public, and how to call it.
+
+    Attributes:
+        name: What it is.
+        call: The function, class or bound method.
+        good: Makes one set of good arguments.
+        use: What is done with what comes, where an error may come late.
+        domains: What each argument may be.
+        every: Of the values that are always tried each how many-th is; more
+            than 1 where a call takes long, and its arguments are another's.
+    """
+
+    name: str
+    call: Callable
+    good: Callable[[], dict[str, Any]]
+    use: Callable[[Any], Any] | None
+    domains: dict[str, Domain]
+    every: int = 1
+
+
+def _signatures(call: Callable) -> Iterator[Callable]:
+    """All that says which arguments there are: of a class its bases too."""
+    if not inspect.isclass(call):
+        yield call
+        return
+    for base in call.__mro__:
+        if "__init__" in vars(base) and _is_ours(base):
+            yield base.__init__
+            kinds = inspect.signature(base.__init__).parameters.values()
+            if all(p.kind is not p.VAR_KEYWORD for p in kinds):
+                return
+
+
+def domains_of(
+    name: str, *calls: Callable, without: tuple[str, ...] = ()
+) -> dict[str, Domain]:
+    """What each argument may be.
+
+    Args:
+        name: What is called.
+        *calls: It, and what it hands its further keywords to.
+        without: Arguments to leave out.
+
+    Raises:
+        LookupError: If nothing says it of an argument.
+    """
+    # A tensor has no value while it is traced, and it may be a Python number.
+    # So what is annotated as one is exempt; words and shapes are not.
+    traced = name.startswith("functional.") or name.startswith("losses.")
+    found: dict[str, Domain] = {}
+    functions = [function for call in calls for function in _signatures(call)]
+    for function in functions:
+        hints = typing.get_type_hints(function)
+        for parameter in inspect.signature(function).parameters.values():
+            key = parameter.name
+            stars = parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL
+            if key in (*found, "self", *without) or parameter.kind in stars:
+                continue
+            said = of_annotation(hints.get(key, Any))
+            if traced and (said is None or said == TENSORS):
+                continue
+            domain = SPECIAL.get((name, key)) or DOMAINS.get(key, said)
+            if domain is None:
+                raise LookupError(f"What may `{key}` of {name} be?")
+            if parameter.default is None and (name, key) not in SPECIAL:
+                kinds = domain.kinds | {"none"}
+                domain = dataclasses.replace(domain, kinds=kinds)
+            found[key] = domain
+    return found
