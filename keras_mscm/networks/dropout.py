@@ -152,5 +152,7 @@ def _hash(bits: Tensor) -> Tensor:
 def _folded(bits: Tensor, places: int) -> Tensor:
     """`bits ^ (bits >> places)`, with zeros coming in from the left."""
     shifted = ops.bitwise_right_shift(bits, places)
-    shifted = ops.bitwise_and(shifted, 2 ** (32 - places) - 1)
+    # Keras would make it a float if bfloat16 is the default, on JAX (3.15.1).
+    low = ops.convert_to_tensor(2 ** (32 - places) - 1, "int32")
+    shifted = ops.bitwise_and(shifted, low)
     return ops.bitwise_xor(bits, shifted)
