@@ -11,6 +11,8 @@ from keras_mscm.functional.process import Tensor
 
 # A float32's exponential is finite and not 0 up to here.
 _LOGSNR_BOUND = 80
+# Below this, times of a fine grid would share a log-SNR in float32.
+_LEAST_FALL = 0.1
 
 
 def _bounds(logsnr_min: Any, logsnr_max: Any) -> tuple[float, float]:
@@ -23,11 +25,10 @@ def _bounds(logsnr_min: Any, logsnr_max: Any) -> tuple[float, float]:
             ("logsnr_max", logsnr_max),
         )
     )
-    # Nearer than this, times of a fine grid would share a log-SNR in float32.
-    if not high - low >= 1e-2:
+    if not high - low >= _LEAST_FALL:
         raise ValueError(
-            "`logsnr_min` must be below `logsnr_max` by 0.01 or more. "
-            f"Received: logsnr_min={logsnr_min}, logsnr_max={logsnr_max}"
+            f"`logsnr_min` must be below `logsnr_max` by {_LEAST_FALL} or "
+            f"more. Received: logsnr_min={logsnr_min}, logsnr_max={logsnr_max}"
         )
     return low, high
 
@@ -36,6 +37,21 @@ def _resolution(name: str, value: Any) -> float:
     return checks.check_number(
         name, value, 1e-3, "a positive number in [0.001, 2**20]", 2**20
     )
+
+
+def _shift(image_resolution: float, noise_resolution: float) -> float:
+    """How much higher log-SNR is for the noise level of a resolution."""
+    return 2 * math.log(noise_resolution / image_resolution)
+
+
+def _check_end(name: str, value: float, shift: float) -> None:
+    """Raises unless log-SNR stays within its bounds, shifted too."""
+    if abs(value + shift) > _LOGSNR_BOUND:
+        raise ValueError(
+            f"`{name}` must be in [-{_LOGSNR_BOUND}, {_LOGSNR_BOUND}] after "
+            f"the shift by the resolutions, {shift:g}, too. Received: "
+            f"{name}={value}"
+        )
 
 
 class NoiseSchedule:
@@ -87,7 +103,7 @@ class CosineSchedule(NoiseSchedule):
 
     Raises:
         ValueError: If one is out of its range, or `logsnr_min` is not below
-            `logsnr_max`.
+            `logsnr_max` by 0.1.
 
     Example:
 
@@ -97,16 +113,26 @@ class CosineSchedule(NoiseSchedule):
 
     def __init__(self, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0):
         self.logsnr_min, self.logsnr_max = _bounds(logsnr_min, logsnr_max)
-        self._angle_0 = math.atan(math.exp(-self.logsnr_max / 2))
+        tan_0 = math.exp(-self.logsnr_max / 2)
+        self._angle_0 = math.atan(tan_0)
         self._angle_1 = math.atan(math.exp(self.logsnr_min / 2))
+        # The angle between both; where it is small, a difference of angles
+        # would have no digits.
+        more = tan_0 * math.expm1((self.logsnr_max - self.logsnr_min) / 2)
+        self._span = math.atan(more / (1 + tan_0 * (tan_0 + more)))
 
     def __call__(self, t: Tensor) -> Tensor:
         t = ops.convert_to_tensor(t, "float32")
-        span = math.pi / 2 - self._angle_0 - self._angle_1
         # tan loses its digits near pi / 2; each end is measured from itself.
-        from_data = self._angle_0 + t * span
-        from_noise = self._angle_1 + (1.0 - t) * span
+        from_data = self._angle_0 + t * self._span
+        from_noise = self._angle_1 + (1.0 - t) * self._span
         return 2 * (ops.log(ops.sin(from_noise)) - ops.log(ops.sin(from_data)))
+
+    def _least_slope(self) -> float:
+        """How steeply log-SNR falls where it does so least."""
+        # It falls by 4 / sin(2 angle) per angle.
+        angle = min(max(math.pi / 4, self._angle_0), self._angle_0 + self._span)
+        return 4 * self._span / math.sin(2 * angle)
 
     def get_config(self) -> dict[str, Any]:
         return {"logsnr_min": self.logsnr_min, "logsnr_max": self.logsnr_max}
@@ -120,20 +146,22 @@ class ShiftedCosineSchedule(CosineSchedule):
     log-SNR (Hoogeboom et al., 2023, section 3.1).
 
     Args:
-        image_resolution: Height of the images in pixels.
-        noise_resolution: Resolution whose noise level is wanted.
-        logsnr_min: Log-SNR at t = 1, before the shift.
-        logsnr_max: Log-SNR at t = 0, before the shift.
+        image_resolution: Height of the images in pixels, 0.001 to 2**20.
+        noise_resolution: Resolution whose noise level is wanted, 0.001 to
+            2**20.
+        logsnr_min: Log-SNR at t = 1, before the shift; from -80 to 80, as
+            after it.
+        logsnr_max: Log-SNR at t = 0, likewise; above `logsnr_min` by 0.1.
 
     Raises:
-        ValueError: If a resolution is not positive, or the bounds are crossed.
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(
         self,
         *,
-        image_resolution: int,
-        noise_resolution: int,
+        image_resolution: float,
+        noise_resolution: float,
         logsnr_min: float = -15.0,
         logsnr_max: float = 15.0,
     ):
@@ -144,10 +172,12 @@ class ShiftedCosineSchedule(CosineSchedule):
         self.noise_resolution = _resolution(
             "noise_resolution", noise_resolution
         )
+        self._shift = _shift(self.image_resolution, self.noise_resolution)
+        _check_end("logsnr_min", self.logsnr_min, self._shift)
+        _check_end("logsnr_max", self.logsnr_max, self._shift)
 
     def __call__(self, t: Tensor) -> Tensor:
-        shift = 2 * math.log(self.noise_resolution / self.image_resolution)
-        return super().__call__(t) + shift
+        return super().__call__(t) + self._shift
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -166,22 +196,26 @@ class InterpolatedCosineSchedule(CosineSchedule):
     the resolution of the images (appendix A.1).
 
     Args:
-        image_resolution: Height of the images in pixels.
-        noise_resolution_low: Resolution whose noise level holds at t = 1.
-        noise_resolution_high: Resolution whose noise level holds at t = 0.
-        logsnr_min: Log-SNR at t = 1, before the shift.
-        logsnr_max: Log-SNR at t = 0, before the shift.
+        image_resolution: Height of the images in pixels, 0.001 to 2**20.
+        noise_resolution_low: Resolution whose noise level holds at t = 1,
+            0.001 to 2**20.
+        noise_resolution_high: Resolution whose noise level holds at t = 0,
+            likewise.
+        logsnr_min: Log-SNR at t = 1, before the shift; from -80 to 80, as
+            after it.
+        logsnr_max: Log-SNR at t = 0, likewise; above `logsnr_min` by 0.1.
 
     Raises:
-        ValueError: If a resolution is not positive, or the bounds are crossed.
+        ValueError: If an argument is out of its range, or log-SNR would not
+            fall, as where `noise_resolution_low` is far the larger one.
     """
 
     def __init__(
         self,
         *,
-        image_resolution: int,
-        noise_resolution_low: int,
-        noise_resolution_high: int,
+        image_resolution: float,
+        noise_resolution_low: float,
+        noise_resolution_high: float,
         logsnr_min: float = -15.0,
         logsnr_max: float = 15.0,
     ):
@@ -195,12 +229,28 @@ class InterpolatedCosineSchedule(CosineSchedule):
         self.noise_resolution_high = _resolution(
             "noise_resolution_high", noise_resolution_high
         )
+        self._low, self._high = (
+            _shift(self.image_resolution, resolution)
+            for resolution in (
+                self.noise_resolution_low,
+                self.noise_resolution_high,
+            )
+        )
+        _check_end("logsnr_min", self.logsnr_min, self._low)
+        _check_end("logsnr_max", self.logsnr_max, self._high)
+        most = self._least_slope() - _LEAST_FALL
+        if self._low - self._high > most:
+            raise ValueError(
+                "`noise_resolution_low` must be at most "
+                f"{math.exp(most / 2):.4g} times `noise_resolution_high`, as "
+                "log-SNR would not fall everywhere. Received: "
+                f"noise_resolution_low={noise_resolution_low}, "
+                f"noise_resolution_high={noise_resolution_high}"
+            )
 
     def __call__(self, t: Tensor) -> Tensor:
         t = ops.convert_to_tensor(t, "float32")
-        low = 2 * math.log(self.noise_resolution_low / self.image_resolution)
-        high = 2 * math.log(self.noise_resolution_high / self.image_resolution)
-        return super().__call__(t) + t * low + (1.0 - t) * high
+        return super().__call__(t) + t * self._low + (1.0 - t) * self._high
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -219,13 +269,13 @@ class KarrasSchedule(NoiseSchedule):
     `sigma_max` linearly in its `1 / rho`-th power; log-SNR is `-2 log` of it.
 
     Args:
-        sigma_min: Noise-to-signal ratio at t = 0.
-        sigma_max: Noise-to-signal ratio at t = 1.
-        rho: The exponent.
+        sigma_min: Noise-to-signal ratio at t = 0, 1e-15 to 1e15.
+        sigma_max: Noise-to-signal ratio at t = 1, 1e-15 to 1e15.
+        rho: The exponent, 0.1 to 100.
 
     Raises:
-        ValueError: If an argument is not positive, or `sigma_min` is not below
-            `sigma_max`.
+        ValueError: If an argument is out of its range, or `sigma_min` is not
+            below `sigma_max` by 1 %, or `rho` too small for them.
     """
 
     def __init__(
@@ -252,14 +302,19 @@ class KarrasSchedule(NoiseSchedule):
                 "`sigma_min` must be below `sigma_max` by 1 % or more. "
                 f"Received: sigma_min={sigma_min}, sigma_max={sigma_max}"
             )
+        self._low = self.sigma_min ** (1 / self.rho)
+        self._high = self.sigma_max ** (1 / self.rho)
+        if not 1e-37 <= self._low < self._high <= 1e37:
+            raise ValueError(
+                "`rho` must be larger, as a float32 can't hold these sigma ** "
+                f"(1 / rho). Received: rho={rho}, sigma_min={sigma_min}, "
+                f"sigma_max={sigma_max}"
+            )
 
     def __call__(self, t: Tensor) -> Tensor:
         t = ops.convert_to_tensor(t, "float32")
-        low, high = (
-            self.sigma_min ** (1 / self.rho),
-            self.sigma_max ** (1 / self.rho),
-        )
-        return -2 * self.rho * ops.log(low + t * (high - low))
+        noise = self._low + t * (self._high - self._low)
+        return -2 * self.rho * ops.log(noise)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -1,3 +1,6 @@
+import inspect
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -223,11 +226,120 @@ def test_interpolation_meets_the_shifted_schedules_at_the_ends():
             lambda: schedules.KarrasSchedule(sigma_min=80.0),
             "`sigma_min` must be below",
         ),
+        (
+            lambda: schedules.KarrasSchedule(sigma_min=1e-9, rho=0.1),
+            "`rho` must be larger.*Received: rho=0.1, sigma_min=1e-09",
+        ),
+        (
+            lambda: schedules.CosineSchedule(logsnr_min=-1e4),
+            r"`logsnr_min` must be a number in \[-80, 80\].*-10000",
+        ),
+        (
+            lambda: schedules.ShiftedCosineSchedule(
+                image_resolution=1, noise_resolution=64, logsnr_max=79
+            ),
+            r"`logsnr_max` must be in \[-80, 80\] after the shift.*=79",
+        ),
+        (
+            lambda: schedules.InterpolatedCosineSchedule(
+                image_resolution=64,
+                noise_resolution_low=64,
+                noise_resolution_high=2,
+            ),
+            "`noise_resolution_low` must be at most 21.96 times.*_high=2",
+        ),
     ],
 )
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+NO_NUMBERS = [None, True, "1", b"1", [1.0], 1j, float("nan"), float("inf")]
+NO_NUMBERS += [10**400, -1e300, np.float32("nan"), np.ones(2)]
+RESOLUTIONS = {"image_resolution": 64, "noise_resolution": 32}
+NEEDED = {
+    schedules.CosineSchedule: {},
+    schedules.ShiftedCosineSchedule: RESOLUTIONS,
+    schedules.InterpolatedCosineSchedule: {
+        "image_resolution": 64,
+        "noise_resolution_low": 32,
+        "noise_resolution_high": 64,
+    },
+    schedules.KarrasSchedule: {},
+}
+
+
+@pytest.mark.parametrize("schedule", NEEDED)
+def test_what_is_no_number_is_refused_by_name(schedule):
+    for name in inspect.signature(schedule).parameters:
+        for value in NO_NUMBERS:
+            with pytest.raises(ValueError, match=f"`{name}` must .*Received: "):
+                schedule(**{**NEEDED[schedule], name: value})
+
+
+def test_numbers_of_numpy_are_stored_as_plain_pythons():
+    schedule = schedules.ShiftedCosineSchedule(
+        image_resolution=np.int64(64),
+        noise_resolution=np.int32(32),
+        logsnr_min=np.float32(-12),
+        logsnr_max=np.float64(10),
+    )
+    kinds = {type(value) for value in schedule.get_config().values()}
+    assert kinds == {int, float}
+
+
+BOUNDS = [-80, -79.95, -40, -1, 0.0, 0.11, 1, 40, 79.8, 80]
+SIDES = [1e-3, 1, 32, 2**20]
+SIGMAS = [1e-15, 0.002, 1, 1.02, 80, 1e15]
+EXTREMES = [
+    *(
+        (schedules.CosineSchedule, {"logsnr_min": low, "logsnr_max": high})
+        for low, high in itertools.product(BOUNDS, BOUNDS)
+    ),
+    *(
+        (
+            schedules.InterpolatedCosineSchedule,
+            {
+                "image_resolution": image,
+                "noise_resolution_low": low,
+                "noise_resolution_high": high,
+                "logsnr_min": logsnr_min,
+                "logsnr_max": logsnr_max,
+            },
+        )
+        for image, low, high, (logsnr_min, logsnr_max) in itertools.product(
+            SIDES, SIDES, SIDES, [(-15, 15), (-80, 80), (-60, -50), (-0.1, 0.1)]
+        )
+    ),
+    *(
+        (schedules.KarrasSchedule, {"sigma_min": x, "sigma_max": y, "rho": rho})
+        for x, y, rho in itertools.product(SIGMAS, SIGMAS, [0.1, 1, 7, 100])
+    ),
+]
+
+
+def test_what_is_not_refused_is_finite_and_falls():
+    falls = 0
+    for schedule, arguments in EXTREMES:
+        try:
+            made = schedule(**arguments)
+        except ValueError:
+            continue
+        logsnr = ops.convert_to_numpy(made(TIMES))
+        assert np.all(np.abs(logsnr) <= 80.001), arguments
+        assert np.all(np.diff(logsnr) < 0), arguments
+        falls += 1
+    assert falls > 100
+
+
+@pytest.mark.parametrize("bounds", [(-80, -79.5), (79.5, 80), (-3, -2.9)])
+def test_a_span_that_is_small_keeps_its_digits(bounds):
+    schedule = schedules.CosineSchedule(
+        logsnr_min=bounds[0], logsnr_max=bounds[1]
+    )
+    logsnr = ops.convert_to_numpy(schedule(np.float32([0, 1])))
+    np.testing.assert_allclose(logsnr, bounds[::-1], rtol=1e-6)
 
 
 def test_the_base_class_is_abstract():
