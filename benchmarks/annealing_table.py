@@ -11,8 +11,8 @@ NOT_MEASURED = """\
 Nothing here was trained for longer than the rows say, on images larger than
 28x28, in colour, by training instead of distillation (CT), with another batch
 size than 64, or on a GPU. 10,000 and 30,000 iterations were planned, several
-starts and further seeds too: what has no cell has not been run. `seconds` of the
-rows are those of a machine that others used as well.
+starts and further seeds too: what has no cell has not been run. The seconds of
+the rows are those of a machine that others used as well.
 Fashion-MNIST in 1,500 and 4,500 iterations, with a longer teacher, is in
 [benchmarks/README.md](../README.md). From the longest run here to the paper's
 200,000 the rule is a straight line in logarithms; at 200,000 it is the paper's,
