@@ -15,6 +15,14 @@ from keras import ops
 from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
 
+_REDUCTIONS = (
+    "sum_over_batch_size",
+    "sum",
+    "none",
+    "mean",
+    "mean_with_sample_weight",
+)
+
 
 def _mean_square(y_true: Tensor, y_pred: Tensor) -> Tensor:
     # Per element, so that `huber_epsilon` means the same at every image size.
@@ -22,17 +30,37 @@ def _mean_square(y_true: Tensor, y_pred: Tensor) -> Tensor:
     return ops.mean(ops.square(y_pred - y_true), axis=axes)
 
 
+class _Loss(keras.losses.Loss):
+    """Keras' loss, whose arguments are checked by name."""
+
+    def __init__(self, reduction: str | None, name: str, **kwargs: Any):
+        # Keras says "none" by None too.
+        if reduction is not None:
+            checks.check_choice("reduction", reduction, _REDUCTIONS)
+        name = checks.check_string("name", name)
+        super().__init__(reduction=reduction, name=name, **kwargs)
+
+
 @keras.saving.register_keras_serializable(package="keras_mscm")
-class SquaredL2(keras.losses.Loss):
+class SquaredL2(_Loss):
     """Mean squared difference of each example.
 
     The loss of standard diffusion. Called on images `(batch, ...)`; reduced as
     any Keras loss, with `sample_weight` of shape `(batch,)`.
+
+    Args:
+        reduction: As in `keras.losses.Loss`: `"sum_over_batch_size"`, `"sum"`,
+            `"mean"`, `"mean_with_sample_weight"`, or `"none"` or None.
+        name: What it is called.
+        **kwargs: As for any Keras loss.
+
+    Raises:
+        ValueError: If an argument is none of these.
     """
 
     def __init__(
         self,
-        reduction: str = "sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         name: str = "squared_l2",
         **kwargs: Any,
     ):
@@ -44,12 +72,18 @@ class SquaredL2(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
-class L2(keras.losses.Loss):
+class L2(_Loss):
     """Root mean square difference of each example.
 
     The Euclidean distance, per element: what `PseudoHuber` is for a small
     `huber_epsilon`. Its gradient has one length wherever the two differ, and
     is 0 where they don't.
+
+    Args:
+        reduction, name, **kwargs: As in `SquaredL2`.
+
+    Raises:
+        ValueError: If an argument is none of these.
 
     Example:
 
@@ -60,7 +94,7 @@ class L2(keras.losses.Loss):
 
     def __init__(
         self,
-        reduction: str = "sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         name: str = "l2",
         **kwargs: Any,
     ):
@@ -77,7 +111,7 @@ class L2(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
-class PseudoHuber(keras.losses.Loss):
+class PseudoHuber(_Loss):
     """`sqrt(m + huber_epsilon^2) - huber_epsilon`, m the mean square.
 
     The smoothed Euclidean distance of Song & Dhariwal (2023) that the paper
@@ -86,10 +120,11 @@ class PseudoHuber(keras.losses.Loss):
 
     Args:
         huber_epsilon: Where the norm turns into its square, in units of the
-            root mean square difference per element, above 0.
+            root mean square difference per element, 1e-18 to 1e18.
+        reduction, name, **kwargs: As in `SquaredL2`.
 
     Raises:
-        ValueError: If `huber_epsilon` is not positive.
+        ValueError: If an argument is out of its range.
 
     Example:
 
@@ -101,13 +136,17 @@ class PseudoHuber(keras.losses.Loss):
     def __init__(
         self,
         huber_epsilon: float = 1e-4,
-        reduction: str = "sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         name: str = "pseudo_huber",
         **kwargs: Any,
     ):
         # Squared it must be a float32 that is neither 0 nor infinite.
         huber_epsilon = checks.check_number(
-            "huber_epsilon", huber_epsilon, 1e-18, "positive", 1e18
+            "huber_epsilon",
+            huber_epsilon,
+            1e-18,
+            "positive, a number in [1e-18, 1e18]",
+            1e18,
         )
         super().__init__(reduction=reduction, name=name, **kwargs)
         self.huber_epsilon = huber_epsilon
@@ -122,7 +161,7 @@ class PseudoHuber(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
-class Multiscale(keras.losses.Loss):
+class Multiscale(_Loss):
     """A loss at full resolution, and at halves of it with doubled weights.
 
     The multiscale loss of simple diffusion: the images are average pooled
@@ -134,6 +173,7 @@ class Multiscale(keras.losses.Loss):
         loss: Loss that gives one value per example, as those of this module.
             Its own reduction is not used.
         num_poolings: How often the images are halved, from 1 to 16.
+        reduction, name, **kwargs: As in `SquaredL2`.
 
     Raises:
         ValueError: If an argument is out of its range; when called, if the
@@ -154,7 +194,7 @@ class Multiscale(keras.losses.Loss):
         self,
         loss: keras.losses.Loss,
         num_poolings: int = 1,
-        reduction: str = "sum_over_batch_size",
+        reduction: str | None = "sum_over_batch_size",
         name: str = "multiscale",
         **kwargs: Any,
     ):

@@ -207,8 +207,32 @@ def test_multiscale_of_sides_it_cannot_halve(shape):
     assert str(shape) in str(error.value)
 
 
+CLASSES = [losses.SquaredL2, losses.L2, losses.PseudoHuber]
+CLASSES += [lambda **kwargs: losses.Multiscale(losses.L2(), **kwargs)]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_reductions_and_names_are_checked(cls):
+    for name, values in {
+        "reduction": ["max", "", 3, True, [], {}, np.ones(2)],
+        "name": [None, "", 3, True, [], {}, b"l2", np.ones(2)],
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"`{name}` must be .*Receiv"):
+                cls(**{name: value})
+    for reduction in (None, "none", "sum", "mean", "mean_with_sample_weight"):
+        assert cls(reduction=reduction).reduction == reduction
+
+
+def test_an_epsilon_of_numpy_is_stored_as_a_plain_number():
+    config = losses.PseudoHuber(np.float32(1e-3)).get_config()
+    assert type(config["huber_epsilon"]) is float
+    config = losses.Multiscale(losses.L2(), np.int64(2)).get_config()
+    assert type(config["num_poolings"]) is int
+
+
 def test_bad_multiscale_arguments():
-    for num_poolings in (0, -1, 1.5, True, None):
+    for num_poolings in (0, -1, 1.5, True, None, 17, 10**30):
         with pytest.raises(ValueError, match=f"num_poolings={num_poolings}"):
             losses.Multiscale(losses.L2(), num_poolings)
     with pytest.raises(ValueError, match="loss='mse'"):
@@ -232,7 +256,9 @@ def test_pseudo_huber_between_l2_and_its_square():
     np.testing.assert_allclose(got, root**2 / 200, atol=1e-5)
 
 
-@pytest.mark.parametrize("huber_epsilon", [0, -1.0, float("nan")])
+@pytest.mark.parametrize(
+    "huber_epsilon", [0, -1.0, float("nan"), float("inf"), 1e-30, True, "1"]
+)
 def test_pseudo_huber_of_a_bad_epsilon(huber_epsilon):
     with pytest.raises(ValueError, match="`huber_epsilon` must be positive"):
         losses.PseudoHuber(huber_epsilon)
