@@ -62,8 +62,8 @@ def classifier_features(
     >>> extractor(images).shape
     (4, 32)
     """
-    checks.check_positive_integer("epochs", epochs)
-    checks.check_positive_integer("batch_size", batch_size)
+    epochs = checks.check_positive_integer("epochs", epochs)
+    batch_size = checks.check_positive_integer("batch_size", batch_size)
     checks.check_positive_number("learning_rate", learning_rate)
     seed = checks.check_integer("seed", seed, 0, checks.SEED_END - 1)
     checks.check_string("name", name)

@@ -255,6 +255,18 @@ def test_bad_arguments_train_nothing(name, value, monkeypatch):
         classifier_features(**given)
 
 
+def test_a_classifier_takes_numbers_of_numpy():
+    extractor = classifier_features(
+        IMAGES,
+        np.arange(7) % 2,
+        epochs=np.int64(1),
+        batch_size=np.int32(4),
+        learning_rate=np.float32(1e-3),
+        seed=np.uint8(1),
+    )
+    assert extractor(IMAGES).shape == (7, 32)
+
+
 def test_nonnegative_images_that_are_meant():
     images = (IMAGES + 1) / 2
     extractor = classifier_features(
