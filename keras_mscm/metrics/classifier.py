@@ -64,7 +64,8 @@ def classifier_features(
     """
     epochs = checks.check_positive_integer("epochs", epochs)
     batch_size = checks.check_positive_integer("batch_size", batch_size)
-    checks.check_positive_number("learning_rate", learning_rate)
+    # Keras takes no integer for it.
+    rate = float(checks.check_positive_number("learning_rate", learning_rate))
     seed = checks.check_integer("seed", seed, 0, checks.SEED_END - 1)
     checks.check_string("name", name)
     checks.check_boolean("nonnegative", nonnegative)
@@ -108,7 +109,7 @@ def classifier_features(
         )
     model = keras.Model(inputs, _dense(num_classes, None, seed + 2)(features))
     model.compile(
-        keras.optimizers.Adam(learning_rate),
+        keras.optimizers.Adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     # An order of our own: Keras' depends on global seeds.
