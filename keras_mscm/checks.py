@@ -209,10 +209,10 @@ def check_shape(name: str, value: Any, axes: Sequence[str]) -> tuple[int, ...]:
 
 def is_array(value: Any) -> bool:
     """Whether it is an array or tensor of at least one axis."""
-    shape = getattr(value, "shape", ())
-    return (
-        hasattr(value, "dtype") and hasattr(shape, "__len__") and len(shape) > 0
-    )
+    # Anybody's object may raise whatever it likes when it is asked.
+    with contextlib.suppress(Exception):
+        return hasattr(value, "dtype") and len(value.shape) > 0
+    return False
 
 
 def check_images(name: str, images: Any, image_shape: Sequence[int]) -> None:

@@ -78,7 +78,16 @@ SPECIAL: dict[tuple[str, str], Domain] = {
     ("datasets.from_tfds", "labels"): _kinds("bool"),
     ("datasets.from_tfds", "name"): TEXT,
     ("metrics.keras_features", "mean"): _kinds(
-        "int", "float", "list", low=-math.inf, parts=_number()
+        *("int", "float", "list", "array"), low=-math.inf, parts=_number()
+    ),
+    ("metrics.keras_features", "std"): _kinds(
+        *("int", "float", "list", "array"), parts=_number()
+    ),
+    ("functional.normal", "shape"): _kinds(
+        "list", parts=_integer(1), empty=True
+    ),
+    ("datasets.from_keras", "class_names"): _kinds(
+        "list", "array", "none", parts=TEXT
     ),
     # Instead of the preset's own.
     ("DenoisingModel.from_preset", "network"): INSTANCE,
@@ -109,10 +118,8 @@ KERAS_EVALUATE = {
     "steps": _count,
     "sample_weight": _kinds("array", "none"),
 }
+# But for `metrics`, `weighted_metrics` and `loss_weights`, which are Keras'.
 KERAS_COMPILE = {
-    "metrics": _several,
-    "weighted_metrics": _several,
-    "loss_weights": _kinds("list", "dict", "float", "none", empty=True),
     "steps_per_execution": _integer(1),
     "run_eagerly": _kinds("bool"),
     "jit_compile": _kinds("bool", "str"),

@@ -26,12 +26,15 @@ VAST = 10**30  # beyond an int64
 
 
 class Hostile:
-    """Says nothing of itself, and can't be compared."""
+    """Says nothing of itself, and can't be compared.
+
+    But for `__iter__`: what a data set raises is its own to say.
+    """
 
     def _refuse(self, *args):
         raise RuntimeError("hostile")
 
-    __repr__ = __str__ = __eq__ = __bool__ = __len__ = __iter__ = _refuse
+    __repr__ = __str__ = __eq__ = __bool__ = __len__ = _refuse
     __array__ = __float__ = __int__ = __index__ = _refuse
     __hash__ = object.__hash__
 
@@ -129,7 +132,9 @@ class Domain:
                 "\0" not in value or "path" not in self.kinds
             )
         if what == "array":
-            return value.dtype.kind in "biuf" and (self.empty or value.size > 0)
+            names = self.parts is not None and "str" in self.parts.kinds
+            good = value.dtype.kind in ("U" if names else "biuf")
+            return good and (self.empty or value.size > 0)
         if what == "dict":
             return self.empty or bool(value)
         if what == "list":

@@ -300,6 +300,8 @@ def check_options(function: str, options: dict[str, Any], *others: str) -> None:
     for name, value in options.items():
         if name in OPTIONS:
             OPTIONS[name](name, value)
+        elif name == "class_names":
+            check_class_names(name, value)
 
 
 def _as_labels(labels: Any, num_images: int) -> np.ndarray:
@@ -320,19 +322,26 @@ def _as_labels(labels: Any, num_images: int) -> np.ndarray:
     return labels.astype("int32")
 
 
-def _as_class_names(names: Any, labels: np.ndarray | None) -> list[str] | None:
+def check_class_names(name: str, names: Any) -> list[str] | None:
+    """Raises unless `names` is a list of strings, or None."""
     if names is None:
         return None
     allowed = "a list of strings, the name of each class, or None"
     if isinstance(names, np.ndarray):
         names = names.tolist()
     try:
-        names = [
-            check_string("class_names", name)
-            for name in check_sequence("class_names", names, allowed)
+        return [
+            check_string(name, each)
+            for each in check_sequence(name, names, allowed)
         ]
     except ValueError:
-        raise invalid("class_names", allowed, names) from None
+        raise invalid(name, allowed, names) from None
+
+
+def _as_class_names(names: Any, labels: np.ndarray | None) -> list[str] | None:
+    names = check_class_names("class_names", names)
+    if names is None:
+        return None
     if labels is None:
         raise ValueError(
             "`class_names` must be None where there are no labels. Received: "

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_mscm import checks
 from keras_mscm.functional.process import Tensor, expand
 
 
@@ -22,7 +23,11 @@ def segment_times(
     Returns:
         `t`, `s` and `t_step` in [0, 1], each `(batch,)`: a student step ends
         at `t_step`, the teacher's goes from `t` to `s = t - 1 / T`.
+
+    Raises:
+        ValueError: If `student_steps` is not a positive integer.
     """
+    checks.check_positive_integer("student_steps", student_steps)
     teacher_steps = student_steps * steps_per_segment
     first = step * steps_per_segment
     return (

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from keras import ops
 
+from keras_mscm import checks
+
 Tensor: TypeAlias = Any
 """A tensor of the running backend; a number too, where a scalar is asked."""
 
@@ -67,7 +69,11 @@ def predict_x(
 
     Returns:
         The predicted `x`, `(batch, ...)`.
+
+    Raises:
+        ValueError: If `prediction_type` is none of these.
     """
+    checks.check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     logsnr = expand(logsnr, z)
     if prediction_type == "v":
         return alpha(logsnr) * z - sigma(logsnr) * output

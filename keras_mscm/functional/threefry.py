@@ -10,6 +10,7 @@ import math
 
 from keras import ops
 
+from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
 
 # Salmon et al., table 2.
@@ -65,15 +66,22 @@ def normal(
         seed: Integer below 2**32, a scalar.
         number: Which image each is, integers, `(batch,)`.
         draw: How many draws came before, such as the step, a scalar.
-        shape: Shape of an image.
+        shape: Shape of an image, integers of at least 1.
 
     Returns:
         `(batch, *shape)`, float32.
+
+    Raises:
+        ValueError: If `shape` is something else.
 
     Reference:
         Box & Muller, *A note on the generation of random normal deviates*,
         1958.
     """
+    if not isinstance(shape, (list, tuple)):
+        raise checks.invalid("shape", "a tuple of integers", shape)
+    for side in shape:
+        checks.check_positive_integer("shape", side)
     size = math.prod(shape)
     # Each counter gives two numbers, a radius at an angle.
     place = ops.arange((size + 1) // 2, dtype="int32")

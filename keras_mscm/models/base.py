@@ -131,9 +131,10 @@ class DenoisingModel(Denoiser, FittedModel):
                 "a function of log-SNR, as those of `keras_mscm.losses`",
             )
         seed = checks.check_seed("seed", seed)
-        image_shape = _agreed("image_shape", image_shape, network)
-        image_shape = checks.check_shape(
-            "image_shape", image_shape, ("height", "width", "channels")
+        shape = checks.check_shape(
+            "image_shape",
+            _agreed("image_shape", image_shape, network),
+            ("height", "width", "channels"),
         )
         num_classes = _agreed("num_classes", num_classes, network)
         context_width = _agreed("context_width", context_width, network)
@@ -152,7 +153,7 @@ class DenoisingModel(Denoiser, FittedModel):
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.weighting = weighting or type(self).default_weighting
-        self.image_shape = image_shape
+        self.image_shape = shape
         self.num_classes = num_classes
         self.context_width = context_width
         self.label_dropout = label_dropout

@@ -16,40 +16,11 @@ from keras_mscm.checks import (
     check_labels,
     check_signed,
     describe,
-    invalid,
     is_array,
     warn_unsigned,
 )
 from keras_mscm.models import streams
 from keras_mscm.models.streams import Watch, as_tuple
-
-
-def as_loss(loss: Any) -> Any:
-    """What Keras makes of a loss, its name or configuration; None of None."""
-    allowed = "a loss of `keras_mscm.losses` or another `keras.losses.Loss`"
-    if isinstance(loss, type) and not issubclass(loss, keras.losses.Loss):
-        raise invalid("loss", allowed, loss)
-    try:
-        return keras.losses.get(loss)
-    except ValueError as error:
-        raise invalid("loss", allowed, loss) from error
-
-
-def check_loss(loss: Any, image_shape: tuple[int, ...]) -> None:
-    """Raises unless a loss gives one value per example, and sums them up."""
-    if getattr(loss, "reduction", "sum") in (None, "none"):
-        raise ValueError(
-            "`loss` must have a reduction, such as 'sum_over_batch_size'. "
-            f"Received: {loss} with reduction={loss.reduction!r}"
-        )
-    images = ops.zeros((2, *image_shape))
-    per_example = getattr(loss, "call", loss)(images, images)
-    if tuple(per_example.shape) != (2,):
-        raise ValueError(
-            "`loss` must give one value per example, shape (batch,), as the "
-            "weights over time do; see `keras_mscm.losses`. Received: "
-            f"{loss}, which gives {tuple(per_example.shape)} for a batch of 2"
-        )
 
 
 def check_sample_weight(name: str, weight: Any, num: int) -> None:
@@ -215,7 +186,8 @@ def check_data(
         if not expected.nonnegative:
             check_signed(f"{name} (images)", x)
         return x, None
-    if not hasattr(x, "__iter__") or isinstance(x, (list, tuple, dict, str)):
+    kinds = (list, tuple, dict, str, bytes, set, np.ndarray, np.generic, type)
+    if not hasattr(type(x), "__iter__") or isinstance(x, kinds):
         raise ValueError(
             f"`{name}` must be an array of images, a tf.data.Dataset, a "
             "PyDataset, a DataLoader or a generator. Received: "
@@ -318,7 +290,7 @@ def check_shares(
         batch_size: Batch size; None for Keras' default.
         shares: Number of shares of each batch.
     """
-    if not hasattr(x, "shape"):
+    if not is_array(x):
         return
     num, batch_size = math.floor(x.shape[0] * part), batch_size or 32
     first, last = min(num, batch_size), num % batch_size

@@ -31,7 +31,7 @@ class Denoiser(keras.Model):
     ema_network: keras.Layer
     schedule: NoiseSchedule
     prediction_type: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int | None
     context_width: int | None
     label_dropout: float
@@ -149,19 +149,10 @@ class Denoiser(keras.Model):
         bound.apply_defaults()
         self._request(**bound.arguments)
 
-    def _request(
-        self,
-        *,
-        labels: Any,
-        context: Any,
-        context_mask: Any,
-        **arguments: Any,
-    ) -> sampling.Request:
+    def _request(self, **arguments: Any) -> sampling.Request:
         """What `generate` is asked for by its arguments, checked."""
         conditioning = {
-            "labels": labels,
-            "context": context,
-            "context_mask": context_mask,
+            name: arguments.pop(name) for name in sampling.CONDITIONING_DTYPES
         }
         return sampling.request(self, conditioning=conditioning, **arguments)
 

@@ -132,9 +132,10 @@ class DiffusionModel(DenoisingModel):
             )
         )
 
-    def _request(self, *, sampler: Any, **arguments: Any) -> Request:
-        sampler = samplers.ADDIM() if sampler is None else sampler
-        return super()._request(sampler=sampler, **arguments)
+    def _request(self, **arguments: Any) -> Request:
+        if arguments["sampler"] is None:
+            arguments["sampler"] = samplers.ADDIM()
+        return super()._request(**arguments)
 
     # The empirical posterior variance of aDDIM (algorithm 3).
 

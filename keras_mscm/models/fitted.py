@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_mscm import backend, checks
-from keras_mscm.models import data_checks
+from keras_mscm.models import data_checks, fit_arguments
 from keras_mscm.models.finite_loss import FiniteLoss
 from keras_mscm.preset_files import untrusted
 
@@ -19,7 +19,7 @@ class FittedModel(keras.Model):
     Its attributes are the arguments of `DenoisingModel`.
     """
 
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int | None
     context_width: int | None
 
@@ -44,8 +44,10 @@ class FittedModel(keras.Model):
         Raises:
             ValueError: If the loss is unknown, or not one value per example.
         """
-        loss = data_checks.as_loss(loss) or self.default_loss()
-        data_checks.check_loss(loss, self.image_shape)
+        fit_arguments.check_compile(kwargs)
+        optimizer = fit_arguments.as_optimizer(optimizer)
+        loss = fit_arguments.as_loss(loss) or self.default_loss()
+        fit_arguments.check_loss(loss, self.image_shape)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         self._jit_compile_given = kwargs.get("jit_compile", "auto")
         # Built here, as Keras would do it by calling the model on raw images.
@@ -122,6 +124,8 @@ class FittedModel(keras.Model):
         self._check_ready()
         self._check_trainable()
         _check_class_weight(y, kwargs.get("class_weight"))
+        named = dict(zip(("batch_size", "epochs", "verbose"), args))
+        fit_arguments.check_fit({"callbacks": callbacks, **named, **kwargs})
         data = functools.partial(self._watched, nonnegative=nonnegative)
         passing, watches = data("x", x, y, kwargs.get("sample_weight"))
         batch_size = args[0] if args else kwargs.get("batch_size")
@@ -172,12 +176,17 @@ class FittedModel(keras.Model):
         self._check_ready()
         watches: list = []
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked it
+            fit_arguments.check_fit(
+                {**dict(zip(("batch_size",), args)), **kwargs}
+            )
             batch_size = args[0] if args else kwargs.get("batch_size")
+            weight = kwargs.get("sample_weight")
+            data, watches = self._watched(
+                "x", x, y, weight, nonnegative=nonnegative
+            )
             shares = backend.shares(self)
             data_checks.check_shares("x", x, 1, batch_size, shares)
-            x, watches = self._watched(
-                "x", x, y, kwargs.get("sample_weight"), nonnegative=nonnegative
-            )
+            x = data
         with contextlib.ExitStack() as stack:
             for watch in watches:
                 stack.enter_context(watch.reporting())

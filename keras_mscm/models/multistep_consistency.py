@@ -111,7 +111,7 @@ class MultistepConsistencyModel(StudentModel):
             trainable=False,
             name="annealing",
         )
-        if callable(teacher_steps) and not isinstance(teacher_steps, type):
+        if callable(teacher_steps):
             self._check_teacher_steps("teacher_steps", _first(teacher_steps))
         else:
             self._check_teacher_steps("teacher_steps", teacher_steps)
@@ -223,6 +223,7 @@ class MultistepConsistencyModel(StudentModel):
 def _first(teacher_steps: Callable[[Tensor], Tensor]) -> float:
     """The teacher steps that a function gives for the first iteration."""
     try:
+        checks.check_function("teacher_steps", teacher_steps)
         return float(teacher_steps(ops.zeros((), "int32")))
     except Exception as error:  # because it is somebody else's function
         raise checks.invalid(

@@ -88,12 +88,16 @@ class ProgressiveDistillationModel(StudentModel):
                 "2, 4, 8 or another power of 2. Received: teacher_steps="
                 f"{teacher_steps}"
             )
-        if kwargs.pop("guidance_scale", 1.0) != 1:
-            raise ValueError(
-                "`guidance_scale` must be 1: after the first stage the teacher "
-                "is a student that would be guided again. Distil the guided "
-                "teacher by a `GuidanceDistillationModel` first"
-            )
+        guidance_scale = kwargs.pop("guidance_scale", 1.0)
+        checks.check_number(
+            "guidance_scale",
+            guidance_scale,
+            1,
+            "1, because after the first stage the teacher is a student, which "
+            "would be guided again; distil the guided teacher by a "
+            "`GuidanceDistillationModel` first",
+            high=1,
+        )
         super().__init__(
             network, schedule, student_steps=student_steps, **kwargs
         )

@@ -100,6 +100,9 @@ def request(
         counts["num_images"] = checks.check_positive_integer(
             "num_images", num_images
         )
+    for name, value in given.items():
+        if name != "labels" and value.ndim and not len(value):
+            raise checks.invalid(name, "an array of one entry or more", value)
     counts |= {name: len(v) for name, v in given.items() if v.ndim}
     if noise is not None:
         noise = _as_noise(noise, model.image_shape)

@@ -93,9 +93,7 @@ def watched(x: Any, watch: Watch) -> Any:
         return _WatchedDataset(x, watch)
     if isinstance(x, Iterator):
         # Keras wants tuples of generators, also where there are only images.
-        return (
-            as_tuple(watch.see(batch, number)) for number, batch in enumerate(x)
-        )
+        return (as_tuple(batch) for batch in _seen(x, watch))
     if backend.is_tf_dataset(x):
         return backend.watched_tf_dataset(x, watch.see)
     if hasattr(x, "map_with_index"):  # Grain's data sets
@@ -104,12 +102,18 @@ def watched(x: Any, watch: Watch) -> Any:
     # A loader, of PyTorch or Grain, which Keras knows by its class.
     class Watched(type(x)):  # type: ignore[misc]
         def __iter__(self):
-            for number, batch in enumerate(super().__iter__()):
-                yield watch.see(batch, number)
+            return _seen(super().__iter__(), watch)
 
     loader = copy.copy(x)
     loader.__class__ = Watched
     return loader
+
+
+def _seen(batches: Iterator, watch: Watch) -> Iterator:
+    """The same batches; what goes wrong in making them is remembered."""
+    with watch.remembering():
+        for number, batch in enumerate(batches):
+            yield watch.see(batch, number)
 
 
 def as_tuple(batch: Any) -> tuple:

@@ -203,8 +203,9 @@ class StudentModel(TaughtModel):
             )
         )
 
-    def _request(self, *, num_steps: Any, **arguments: Any) -> Request:
+    def _request(self, **arguments: Any) -> Request:
         trained = self.trained_steps()
+        num_steps = arguments["num_steps"]
         num_steps = checks.check_positive_integer(
             "num_steps", trained if num_steps is None else num_steps
         )
@@ -214,9 +215,8 @@ class StudentModel(TaughtModel):
                 f"for, student_steps={trained}. Received: "
                 f"num_steps={num_steps}"
             )
-        return super()._request(
-            num_steps=num_steps, sampler=samplers.DDIM(), **arguments
-        )
+        arguments |= {"num_steps": num_steps, "sampler": samplers.DDIM()}
+        return super()._request(**arguments)
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object

@@ -1,55 +1,41 @@
-"""Every bad argument of every public call ends in a clear `ValueError`.
+"""Whatever comes for an argument, it works or is refused by name.
 
-With `-s` the counts are printed: `pytest -s tests/properties -k clearly`.
+Every argument of everything public, with values that can't be right:
+`python -m benchmarks.bad_arguments` tries more of them, and counts.
 """
-
-import os
 
 import pytest
 
-from tests.properties import api, bad_values
+from benchmarks.bad_arguments import probe, public_api
+from benchmarks.bad_arguments.good_arguments import entries
+from benchmarks.bad_arguments.starting import nothing_starts
+from benchmarks.bad_arguments.world import World
 
 
 @pytest.fixture(scope="module")
-def calls():
-    return api.calls()
+def made(tmp_path_factory):
+    return entries(World(tmp_path_factory.mktemp("world")))
 
 
-def test_every_public_call_has_an_entry(calls):
-    names = {name for name, _ in api.public()}
-    assert names, "nothing is public"
-    assert not names - {*calls} - api.EXEMPT
+def test_nothing_public_is_forgotten(made):
+    assert set(made) == public_api.names()
 
 
-def test_good_arguments_are_good(calls):
-    for title, call in calls.items():
-        try:
-            call.function(**call.good)
-        except Exception as error:
-            # Of these even good ones need what isn't here: a download, a font.
-            needs = ("datasets.from_keras", "datasets.from_tfds")
-            needs += ("datasets.emoji", "metrics.inception_v3")
-            if title not in needs:
-                raise AssertionError(title) from error
+def _offenders(entry, **how):
+    outcomes: list[probe.Outcome] = []
+    with nothing_starts():
+        probe.probe(entry, outcomes.append, **how)
+    return [str(each) for each in outcomes if each.kind in probe.BAD]
 
 
-def test_bad_arguments_are_told_clearly(calls, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(public_api.names()))
+def test_a_bad_argument_is_named(name, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where paths that are words lead to
+    assert _offenders(made[name], generated=1, every=5) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(public_api.names()))
+def test_every_bad_argument_is_named(name, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    counts, offenders = bad_values.survey(calls)
-    print(
-        f"\n{counts['tried']} inputs tried: {counts['clear']} clear, "
-        f"{counts['unclear']} unclear, {counts['silent']} silent, "
-        f"{counts['crash']} crashes"
-    )
-    if "OFFENDERS" in os.environ:
-        with open(os.environ["OFFENDERS"], "w") as file:
-            file.write("\n".join(offenders))
-    assert counts["tried"] > 3000
-    assert not offenders, "\n".join(offenders)
-
-
-def test_unknown_keywords_are_named(calls):
-    for title, call in calls.items():
-        with pytest.raises((TypeError, ValueError), match="no_such_keyword"):
-            call.function(**call.good, no_such_keyword=1)
-        assert title
+    assert _offenders(made[name], generated=20) == []
