@@ -124,6 +124,7 @@ class Walk:
                 batch_size=BATCH if x is IMAGES else None,
                 epochs=2 if x is IMAGES else 1,
                 callbacks=[follow],
+                shuffle=False,
                 verbose=0,
             )
 
