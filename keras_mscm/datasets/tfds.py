@@ -115,8 +115,14 @@ def from_tfds(
     drop_remainder = check_boolean("drop_remainder", drop_remainder)
     image_key = check_string("image_key", image_key)
     label_key = check_string("label_key", label_key)
-    if not isinstance(cache, bool):
+    if isinstance(cache, (str, os.PathLike)):
         cache = os.fspath(check_path("cache", cache))
+    else:
+        try:
+            cache = check_boolean("cache", cache)
+        except ValueError:
+            allowed = "True, False or the path of a file"
+            raise invalid("cache", allowed, cache) from None
     if image_size is not None:
         image_size = check_image_size("image_size", image_size)
         pillow()  # if it is missing, say so now

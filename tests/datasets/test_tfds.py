@@ -206,7 +206,7 @@ def test_a_model_trains(load, train, labels):
         ({"flip": "no"}, "`flip` must be True or False"),
         ({"repeat": 1}, "`repeat` must be True or False"),
         ({"drop_remainder": "no"}, "`drop_remainder` must be True or False"),
-        ({"cache": None}, "`cache` must be a path"),
+        ({"cache": None}, "`cache` must be True, False or the path"),
         ({"cache": ""}, "`cache` must be a path"),
         ({"image_key": None}, "`image_key` must be a string"),
         ({"image_key": "picture"}, "must be features of the data set"),
