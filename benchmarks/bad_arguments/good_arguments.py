@@ -114,6 +114,7 @@ def _method(
     function = getattr(static, "__func__", static)
     first = next(iter(inspect.signature(function).parameters))
 
+    @functools.wraps(function)
     def call(*args, **kwargs):
         return getattr(make(), name)(*args, **kwargs)
 

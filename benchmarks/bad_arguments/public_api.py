@@ -125,6 +125,15 @@ class Entry:
     domains: dict[str, Domain]
     every: int = 1
 
+    def defaults(self) -> dict[str, Any]:
+        """What arguments are, unless they are given."""
+        found: dict[str, Any] = {}
+        for function in _signatures(self.call):
+            for key, value in inspect.signature(function).parameters.items():
+                if value.default is not value.empty:
+                    found.setdefault(key, value.default)
+        return found
+
 
 def _signatures(call: Callable) -> Iterator[Callable]:
     """All that says which arguments there are: of a class its bases too."""

@@ -4,6 +4,7 @@ Every argument of everything public, with values that can't be right:
 `python -m benchmarks.bad_arguments` tries more of them, and counts.
 """
 
+import numpy as np
 import pytest
 
 from benchmarks.bad_arguments import probe, public_api
@@ -33,6 +34,23 @@ def _offenders(entry, **how):
 def test_a_bad_argument_is_named(name, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where paths that are words lead to
     assert _offenders(made[name], generated=1, every=5) == []
+
+
+TWINS = {bool: np.bool_, int: np.int64, float: np.float32, str: np.str_}
+
+
+@pytest.mark.parametrize("name", sorted(public_api.names()))
+def test_numpys_numbers_and_words_are_as_good(
+    name, made, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    entry, outcomes = made[name], []
+    for argument, value in {**entry.defaults(), **entry.good()}.items():
+        if type(value) in TWINS and argument in entry.domains:
+            twin = TWINS[type(value)](value)
+            with nothing_starts():
+                outcomes.append(probe.attempt(entry, argument, twin))
+    assert [str(o) for o in outcomes if o.kind != probe.WORKED] == []
 
 
 @pytest.mark.slow
