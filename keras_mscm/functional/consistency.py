@@ -17,7 +17,7 @@ def segment_times(
     Args:
         step: Segment, 0..student_steps - 1, `(batch,)`.
         n_rel: Teacher step within it, 1..steps_per_segment, `(batch,)`.
-        student_steps: Number of segments, at least 1.
+        student_steps: Number of segments, at least 1; or a tensor of it.
         steps_per_segment: Teacher steps in each, at least 1, a scalar.
 
     Returns:
@@ -25,9 +25,14 @@ def segment_times(
         at `t_step`, the teacher's goes from `t` to `s = t - 1 / T`.
 
     Raises:
-        ValueError: If `student_steps` is not a positive integer.
+        ValueError: If `student_steps` is neither a positive integer nor a
+            tensor.
     """
-    checks.check_positive_integer("student_steps", student_steps)
+    # A traced tensor has no value yet that could be checked.
+    if not ops.is_tensor(student_steps):
+        student_steps = checks.check_positive_integer(
+            "student_steps", student_steps
+        )
     teacher_steps = student_steps * steps_per_segment
     first = step * steps_per_segment
     return (
