@@ -190,3 +190,10 @@ def test_target_of_a_consistent_student_is_its_own_prediction():
     logsnr = tensors(*np.linspace([-9, -8, 1], [0, 3, 15], 5).T)
     got = F.consistency_target(x, x, *logsnr)
     np.testing.assert_array_equal(got, x)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, None, "4", np.ones(2)])
+def test_a_number_of_segments_that_is_none_is_refused(bad):
+    step, n_rel, per_segment = tensors(np.zeros(2), np.ones(2), 3)
+    with pytest.raises(ValueError, match="`student_steps` must be an integer"):
+        F.segment_times(step, n_rel, bad, per_segment)

@@ -128,3 +128,10 @@ def test_posterior_agrees_with_bayes_rule():
     np.testing.assert_allclose(
         variance[0, 0], density @ (grid - true_mean) ** 2, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("bad", ["noise", "", "V", None, 1, ["v"], np.ones(2)])
+def test_what_is_no_prediction_type_is_refused(bad):
+    z, logsnr = tensors(np.ones((2, 3)), np.zeros(2))
+    with pytest.raises(ValueError, match="`prediction_type` must be one of"):
+        F.predict_x(z, z, logsnr, bad)

@@ -70,3 +70,9 @@ def test_an_images_numbers_are_its_own():
 def test_odd_and_empty_shapes():
     assert normal(1, np.arange(2), shape=(3,)).shape == (2, 3)
     assert normal(1, np.arange(2), shape=()).shape == (2,)
+
+
+@pytest.mark.parametrize("bad", [None, 4, "44", (4, 0), (4, 2.0), (True,)])
+def test_what_is_no_shape_is_refused(bad):
+    with pytest.raises(ValueError, match="`shape` must be .*Received: "):
+        F.normal(1, ops.arange(2), 0, bad)
