@@ -74,5 +74,5 @@ def test_odd_and_empty_shapes():
 
 @pytest.mark.parametrize("bad", [None, 4, "44", (4, 0), (4, 2.0), (True,)])
 def test_what_is_no_shape_is_refused(bad):
-    with pytest.raises(ValueError, match="`shape` must be .*Received: "):
+    with pytest.raises(ValueError, match=r"`shape` must be .*Received: "):
         F.normal(1, ops.arange(2), 0, bad)
