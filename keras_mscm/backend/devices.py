@@ -138,6 +138,8 @@ def draw(
     Replicas hold the same seed and would draw the same: each draws for the
     whole batch here, and takes what belongs to its share.
 
+    They are float32 whatever Keras' `floatx`, as times and noise have to be.
+
     Args:
         function: One of `keras.random`'s.
         shape: Shape of the numbers of this replica's share, batch first.
@@ -145,7 +147,7 @@ def draw(
     """
     index, number = replica()
     if number == 1:
-        return function(shape, seed=seed)
+        return function(shape, dtype="float32", seed=seed)
     share, *rest = shape
-    numbers = function((number * share, *rest), seed=seed)
+    numbers = function((number * share, *rest), dtype="float32", seed=seed)
     return numbers[index * share : (index + 1) * share]

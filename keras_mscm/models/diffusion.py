@@ -196,7 +196,9 @@ class DiffusionModel(DenoisingModel):
                 stack.enter_context(watch.reporting())
             for images, conditioning in _as_batches(x, y, batch_size):
                 for i, level in enumerate(levels):
-                    epsilon = keras.random.normal(images.shape, seed=seeds)
+                    epsilon = keras.random.normal(
+                        images.shape, dtype="float32", seed=seeds
+                    )
                     error = compiled(images, epsilon, conditioning, level)
                     total[i] += float(ops.convert_to_numpy(error))
                 count += len(images)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_mscm import MultistepConsistencyModel
+from keras_mscm import DiffusionModel, MultistepConsistencyModel
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -78,3 +78,25 @@ def test_an_update_that_overflows_is_none(make_teacher, toy_images):
         np.testing.assert_array_equal(one, other)
     scale = float(ops.convert_to_numpy(model.optimizer.dynamic_scale))
     assert scale == 2.0**56  # halved by each of four steps
+
+
+@pytest.mark.parametrize("floatx", ["bfloat16", "float64"])
+def test_another_default_format(floatx, dense_network, toy_images):
+    before = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        teacher = DiffusionModel(dense_network(), image_shape=(4, 4, 1), seed=1)
+        teacher.compile("sgd")
+        teacher.fit(toy_images(8), verbose=0)
+        for method in ("distillation", "training"):
+            student = MultistepConsistencyModel.from_teacher(
+                teacher, student_steps=2, teacher_steps=8, method=method
+            )
+            student.compile("sgd")
+            history = student.fit(toy_images(8), verbose=0)
+            assert np.isfinite(float(history.history["loss"][-1]))
+            images = student.generate(3, seed=1)
+            assert images.dtype == "float32"
+            assert np.all(np.abs(images) <= 1)
+    finally:
+        keras.config.set_floatx(before)
