@@ -54,9 +54,11 @@ def forgotten_after_a_file():
 def forgotten_when_there_is_much():
     yield
     statm = Path("/proc/self/statm")  # Linux has it
-    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
-    if pages * resource.getpagesize() > 2e9:
-        forget()
+    # Elsewhere little comes back: TensorFlow keeps graphs, whoever asks.
+    if BACKEND == "jax" and statm.exists():
+        pages = int(statm.read_text().split()[1])
+        if pages * resource.getpagesize() > 2e9:
+            forget()
 
 
 @pytest.fixture(autouse=True)
