@@ -20,8 +20,8 @@ every_file = pytest.mark.parametrize(
 # Imports run downwards only, from a later floor to an earlier one.
 FLOORS = [
     {"checks"},
-    {"functional", "networks", "backend", "preset_files"},
-    {"schedules", "losses", "samplers", "variance"},
+    {"functional", "networks", "backend", "preset_files", "conditioning"},
+    {"schedules", "losses", "weightings", "samplers", "variance"},
     {"models"},
     {"callbacks", "metrics", "datasets", "distribution", "presets"},
     {"plan"},
@@ -80,11 +80,15 @@ def may_import(part, name):
     other = f"{name}.".split(".")[1]
     if other == part:
         return True
-    if part == "networks":
-        # Networks know nothing of diffusion. What a tensor is, they may; how a
-        # network is put on disk; and what the backend does well.
+    if part in ("networks", "conditioning"):
+        # Networks know nothing of diffusion. What a tensor is, they may; what
+        # they are conditioned on; how a network is put on disk; and what the
+        # backend does well.
         tensor = name == "keras_mscm.functional.process.Tensor"
-        return tensor or other in ("checks", "preset_files", "backend")
+        allowed = "checks", "preset_files", "backend"
+        if part == "networks":
+            allowed += ("conditioning",)
+        return tensor or other in allowed
     if floor(part) == 2:
         return floor(other) <= 2
     return floor(other) < floor(part)

@@ -13,6 +13,7 @@ from keras_mscm.functional.process import (
     Tensor,
     alpha,
     expand,
+    mean_per_example,
     predict_epsilon,
     sigma,
 )
@@ -100,8 +101,7 @@ def addim_x(
         Adjusted images, `(batch, ...)`.
     """
     epsilon = predict_epsilon(x, z_t, logsnr_t)
-    axes = tuple(range(1, len(x.shape)))
-    power = ops.mean(ops.square(epsilon), axis=axes)
+    power = mean_per_example(ops.square(epsilon))
     k = expand(x_var / ops.maximum(power, 1e-12), x)
     logsnr_t, logsnr_s = expand(logsnr_t, x), expand(logsnr_s, x)
     c, sigma_s = _x_coefficient(logsnr_t, logsnr_s), sigma(logsnr_s)

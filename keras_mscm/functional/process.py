@@ -24,6 +24,11 @@ def expand(values: Tensor, images: Tensor) -> Tensor:
     return values[(..., *[None] * (len(images.shape) - 1))]
 
 
+def mean_per_example(values: Tensor) -> Tensor:
+    """The mean over all axes but the first, `(batch,)`."""
+    return ops.mean(values, axis=tuple(range(1, len(values.shape))))
+
+
 def alpha(logsnr: Tensor) -> Tensor:
     """Signal rate: `sqrt(sigmoid(logsnr))`, in (0, 1)."""
     return ops.sqrt(ops.sigmoid(logsnr))

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_mscm import backend, checks, preset_files
+from keras_mscm.conditioning import Condition, standard
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.arguments import (
     MAX_CLASSES,
@@ -252,6 +253,11 @@ class UViT(keras.Model):
         self.built = True
 
     @property
+    def conditioning(self) -> dict[str, Condition]:
+        """What the network takes besides `z` and log-SNR, by name."""
+        return standard(self.num_classes, self.context_width)
+
+    @property
     def _sides(self) -> list[tuple[int, int]]:
         """Height and width of each stage's feature maps."""
         height, width, _ = self.image_shape
@@ -361,11 +367,7 @@ class UViT(keras.Model):
             preset: Name, one of `keras_mscm.presets.PRESETS`, or a directory
                 that `save_to_preset` made.
             load_weights: Whether to load its weights; else they are random.
-            **kwargs: Arguments of the network that are to differ, such as
-                `dtype`.
-
-        Returns:
-            The network.
+            **kwargs: The network's arguments that differ, such as `dtype`.
 
         Raises:
             ValueError: If there is no such preset, or no weights in it.
