@@ -10,6 +10,7 @@ from keras_mscm import (
     presets,
     samplers,
     schedules,
+    weightings,
 )
 from keras_mscm.models import (
     DenoisingModel,
@@ -38,4 +39,5 @@ __all__ = [
     "presets",
     "samplers",
     "schedules",
+    "weightings",
 ]

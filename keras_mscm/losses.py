@@ -1,11 +1,9 @@
-"""Losses over images, one value per example, and their weights over time.
+"""Losses over clean images, one value per example.
 
-A loss compares clean images, so a weighting says what an error of `x` weighs
-at a log-SNR. For squared losses, epsilon's error then weighs that over the SNR,
-and v's that over SNR + 1.
+What an error weighs at each time is said by `keras_mscm.weightings`, whose
+names stand here too because they once lived here.
 """
 
-import math
 from typing import Any, Self
 
 import keras
@@ -13,7 +11,14 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import checks
-from keras_mscm.functional.process import Tensor
+from keras_mscm.functional.process import Tensor, mean_per_example
+from keras_mscm.weightings import SigmoidWeighting as SigmoidWeighting
+from keras_mscm.weightings import snr_plus_one as snr_plus_one
+from keras_mscm.weightings import sqrt_snr_plus_one as sqrt_snr_plus_one
+from keras_mscm.weightings import truncated_snr as truncated_snr
+from keras_mscm.weightings import uniform as uniform
+
+__all__ = ["L2", "Multiscale", "PseudoHuber", "SquaredL2"]
 
 _REDUCTIONS = (
     "sum_over_batch_size",
@@ -25,16 +30,16 @@ _REDUCTIONS = (
 
 
 def _mean_square(y_true: Tensor, y_pred: Tensor) -> Tensor:
-    # Per element, so that `huber_epsilon` means the same at every image size.
-    axes = tuple(range(1, len(y_pred.shape)))
-    return ops.mean(ops.square(y_pred - y_true), axis=axes)
+    # The mean and not the sum, so that `huber_epsilon` means the same at every
+    # image size.
+    return mean_per_example(ops.square(y_pred - y_true))
 
 
 class _Loss(keras.losses.Loss):
     """Keras' loss, whose arguments are checked by name."""
 
     def __init__(self, reduction: str | None, name: str, **kwargs: Any):
-        # Keras says "none" by None too.
+        # None is let through because Keras takes it for "none".
         if reduction is not None:
             checks.check_choice("reduction", reduction, _REDUCTIONS)
         name = checks.check_string("name", name)
@@ -43,10 +48,11 @@ class _Loss(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class SquaredL2(_Loss):
-    """Mean squared difference of each example.
+    """The loss to train a diffusion model with: the mean squared difference.
 
-    The loss of standard diffusion. Called on images `(batch, ...)`; reduced as
-    any Keras loss, with `sample_weight` of shape `(batch,)`.
+    It takes arrays `(batch, ...)` of any rank from 2 on and gives one value per
+    example, which is reduced as any Keras loss is, with `sample_weight` of
+    shape `(batch,)`.
 
     Args:
         reduction: As in `keras.losses.Loss`: `"sum_over_batch_size"`, `"sum"`,
@@ -73,11 +79,12 @@ class SquaredL2(_Loss):
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class L2(_Loss):
-    """Root mean square difference of each example.
+    """For a distillation in which large errors shall not outweigh small ones.
 
-    The Euclidean distance, per element: what `PseudoHuber` is for a small
-    `huber_epsilon`. Its gradient has one length wherever the two differ, and
-    is 0 where they don't.
+    It is the root mean square difference of each example: the Euclidean
+    distance per element, which `PseudoHuber` is for a small `huber_epsilon`.
+    Its gradient has one length wherever the two differ, and is 0 where they
+    don't.
 
     Args:
         reduction, name, **kwargs: As in `SquaredL2`.
@@ -103,8 +110,10 @@ class L2(_Loss):
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Returns one value per example, `(batch,)`."""
         square = _mean_square(y_true, y_pred)
-        # The slope of a root is infinite at 0, and `where` alone would
-        # multiply it with 0. Below the least normal number a root may be 0.
+        # The root is taken of 1 where the square is 0, because the slope of a
+        # root is infinite at 0, and a `where` around it would multiply that
+        # with 0. The bound is the least normal number because backends flush
+        # smaller ones to 0.
         differ = square > float(np.finfo("float32").tiny)
         root = ops.sqrt(ops.where(differ, square, 1.0))
         return ops.where(differ, root, 0.0)
@@ -112,11 +121,12 @@ class L2(_Loss):
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class PseudoHuber(_Loss):
-    """`sqrt(m + huber_epsilon^2) - huber_epsilon`, m the mean square.
+    """The loss to train a consistency model with: the paper's choice.
 
-    The smoothed Euclidean distance of Song & Dhariwal (2023) that the paper
-    trains with: an l2 norm far above `huber_epsilon`, a squared one far
-    below. The paper takes 1e-4 on ImageNet and 1 on text to image.
+    It is `sqrt(m + huber_epsilon^2) - huber_epsilon` of the mean square m, the
+    smoothed Euclidean distance of Song & Dhariwal (2023): an l2 norm far above
+    `huber_epsilon`, a squared one far below. The paper takes 1e-4 on ImageNet
+    and 1 on text to image.
 
     Args:
         huber_epsilon: Where the norm turns into its square, in units of the
@@ -140,7 +150,8 @@ class PseudoHuber(_Loss):
         name: str = "pseudo_huber",
         **kwargs: Any,
     ):
-        # Squared it must be a float32 that is neither 0 nor infinite.
+        # The bounds are there because its square must be a float32 that is
+        # neither 0 nor infinite.
         huber_epsilon = checks.check_number(
             "huber_epsilon",
             huber_epsilon,
@@ -162,12 +173,13 @@ class PseudoHuber(_Loss):
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class Multiscale(_Loss):
-    """A loss at full resolution, and at halves of it with doubled weights.
+    """For images of 128 pixels and more, where fine detail drowns the rest.
 
-    The multiscale loss of simple diffusion: the images are average pooled
+    It is a loss at full resolution, and at halves of it with doubled weights
+    (the multiscale loss of simple diffusion): the images are average pooled
     2x2, once and again, and the loss at a resolution s has weight 1/s, here
-    relative to the full one. So large structures count where fine detail
-    would drown them. The paper pools once on ImageNet128.
+    relative to the full one, so that large structures count. The paper pools
+    once on ImageNet128.
 
     Args:
         loss: Loss that gives one value per example, as those of this module.
@@ -213,7 +225,7 @@ class Multiscale(_Loss):
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Returns one value per example, `(batch,)`."""
         factor, shape = 2**self.num_poolings, tuple(y_pred.shape)
-        # In a graph a side can be unknown, None.
+        # A side may be None, because in a graph it can be unknown.
         odd = [side for side in shape[1:3] if side and side % factor]
         if len(shape) != 4 or odd:
             raise ValueError(
@@ -248,86 +260,3 @@ class Multiscale(_Loss):
         """The inverse of `get_config`."""
         loss = keras.saving.deserialize_keras_object(config["loss"])
         return cls(**{**config, "loss": loss})
-
-
-@keras.saving.register_keras_serializable(package="keras_mscm")
-def snr_plus_one(logsnr: Tensor) -> Tensor:
-    """`w_t = SNR(t) + 1` (algorithm 1): the v-loss of a *squared* norm."""
-    return ops.exp(logsnr) + 1.0
-
-
-@keras.saving.register_keras_serializable(package="keras_mscm")
-def sqrt_snr_plus_one(logsnr: Tensor) -> Tensor:
-    """`w_t = sqrt(SNR(t) + 1)`: the v-loss of a norm that is not squared."""
-    return ops.sqrt(ops.exp(logsnr) + 1.0)
-
-
-@keras.saving.register_keras_serializable(package="keras_mscm")
-def truncated_snr(logsnr: Tensor) -> Tensor:
-    """`w_t = max(SNR(t), 1)`: the larger of the x- and the epsilon-loss.
-
-    Of squared norms, as used for distillation by Salimans & Ho (2022).
-    """
-    return ops.maximum(ops.exp(logsnr), 1.0)
-
-
-@keras.saving.register_keras_serializable(package="keras_mscm")
-def uniform(logsnr: Tensor) -> Tensor:
-    """`w_t = 1`: the x-loss, the same weight at every time."""
-    return ops.ones_like(logsnr)
-
-
-@keras.saving.register_keras_serializable(package="keras_mscm")
-class SigmoidWeighting:
-    """`sigmoid(bias - logsnr)` on the squared epsilon-loss.
-
-    So `w_t = SNR(t) sigmoid(bias - logsnr)`: about SNR up to a log-SNR of
-    `bias`, from where it stays at `exp(bias)`; fine detail counts less the
-    smaller `bias` is (Kingma & Gao, 2023).
-
-    Theirs is a weight per log-SNR. Times are drawn evenly here, and the slope
-    of the schedule, by which the two differ, is not included.
-
-    Args:
-        bias: Log-SNR of the bend, from -80 to 80, where `exp(bias)` is a
-            float32.
-
-    Call arguments:
-        logsnr: `(batch,)`.
-
-    Call returns:
-        The weights, `(batch,)`.
-
-    Raises:
-        ValueError: If `bias` is out of its range.
-
-    Example:
-
-    >>> weight = SigmoidWeighting(bias=-1.0)(ops.convert_to_tensor([-9.0, 9.0]))
-    >>> [round(float(w), 4) for w in weight]
-    [0.0001, 0.3679]
-    """
-
-    def __init__(self, bias: float):
-        bias = checks.check_number(
-            "bias", bias, -80, "a number in [-80, 80]", 80
-        )
-        self.bias = float(bias)
-
-    def __call__(self, logsnr: Tensor) -> Tensor:
-        # exp(logsnr) sigmoid(bias - logsnr), without inf times 0.
-        return math.exp(self.bias) * ops.sigmoid(logsnr - self.bias)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.bias))
-
-    def get_config(self) -> dict[str, Any]:
-        return {"bias": self.bias}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """The inverse of `get_config`."""
-        return cls(**config)

@@ -31,6 +31,7 @@ from keras_mscm import (
     presets,
     samplers,
     schedules,
+    weightings,
 )
 from keras_mscm.datasets import emoji_font
 
@@ -255,8 +256,8 @@ def _parts(w: World):
         _compares,
     )
     yield _entry(
-        "losses.SigmoidWeighting",
-        losses.SigmoidWeighting,
+        "weightings.SigmoidWeighting",
+        weightings.SigmoidWeighting,
         lambda: {"bias": 0},
         _weighs,
     )
@@ -425,5 +426,5 @@ def _tensors(w: World):
         arguments = functools.partial(dict, good.get(name, {}))
         yield _entry(f"functional.{name}", getattr(functional, name), arguments)
     for name in ("snr_plus_one", "sqrt_snr_plus_one", "truncated_snr"):
-        yield _entry(f"losses.{name}", getattr(losses, name))
-    yield _entry("losses.uniform", losses.uniform)
+        yield _entry(f"weightings.{name}", getattr(weightings, name))
+    yield _entry("weightings.uniform", weightings.uniform)

@@ -163,7 +163,7 @@ def domains_of(
     """
     # A tensor has no value while it is traced, and it may be a Python number.
     # So what is annotated as one is exempt; words and shapes are not.
-    traced = name.startswith("functional.") or name.startswith("losses.")
+    traced = name.startswith(("functional.", "losses.", "weightings."))
     found: dict[str, Domain] = {}
     functions = [function for call in calls for function in _signatures(call)]
     for function in functions:
