@@ -1,0 +1,387 @@
+"""A foreign network in the coordinates of this library."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mscm import checks
+from keras_mscm.adapters import arguments
+from keras_mscm.conditioning import Condition, check_declared
+from keras_mscm.functional import parameterizations as P
+from keras_mscm.functional.process import Tensor
+
+PROCESSES = (
+    "variance_preserving",
+    "rectified_flow",
+    "variance_exploding",
+    "edm",
+)
+TIMES = (
+    "logsnr",
+    "sigma",
+    "noise_variance",
+    "flow_time",
+    "edm",
+    "discrete_step",
+)
+OUTPUTS = ("v", "x", "epsilon", "flow", "edm")
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+class AdaptedNetwork(keras.Model):
+    """A network of other inputs and outputs, as this library calls networks.
+
+    You want it to make a teacher, and a student's beginning, of a diffusion
+    network that somebody else trained: of rectified flow, of EDM's
+    preconditioning, of discrete steps. It turns `z` and log-SNR into what the
+    network was trained on, and what it says into `v` (or passes `x` and
+    `epsilon` through, as `prediction_type` tells). All of this, embeddings of
+    time too, is done in float32, whatever the network's policy.
+
+    Args:
+        network: The foreign network, a Keras layer or model, called as
+            `network(inputs, training=...)`.
+        image_shape: Shape of one example, of any rank.
+        process: In which coordinates the network takes `z`:
+            `"variance_preserving"`, ours; `"rectified_flow"`, `(1 - t) x + t
+            epsilon`; `"variance_exploding"`, `x + S epsilon`; `"edm"`, the same
+            times EDM's `c_in`.
+        time: What it takes as time: `"logsnr"`; `"sigma"`, the noise-to-signal
+            ratio `S`; `"noise_variance"`, `sigma^2` of ours; `"flow_time"`, `t`
+            of rectified flow; `"edm"`, `log(S) / 4`; `"discrete_step"`, the
+            place in a table, with fractions.
+        output: What it says: `"v"`, `"x"`, `"epsilon"`, rectified flow's
+            velocity `"flow"`, or EDM's `F`, `"edm"`.
+        alphas_cumprod: For `"discrete_step"`: `alpha^2` of each step, falling.
+        sigma_data: For `"edm"`: the data's deviation.
+        time_scale: Number by which time is multiplied.
+        time_axes: Number of axes of size 1 that time has after the batch's.
+        time_width: If time is to be handed over as cosines and sines: how
+            many. None for the number itself.
+        names: What the network calls `"z"`, `"logsnr"` and the conditioning,
+            where it differs; or, for a network that takes a list, our names
+            in its order.
+        conditioning: What it is conditioned on, by our names. An array that
+            says nothing is held as an untrained weight.
+        constants: What it takes besides, by its names: arrays of one example,
+            without the batch's axis; held as untrained weights.
+        **kwargs: As for any Keras model.
+
+    Call arguments:
+        inputs: Dictionary of `"z"`, noisy images `(batch, *image_shape)`;
+            `"logsnr"`, `(batch,)`; and the conditioning.
+        training: Whether the network trains.
+
+    Call returns:
+        What `prediction_type` tells, float32, `(batch, *image_shape)`.
+
+    Raises:
+        ValueError: If an argument isn't as above, or one is lacking.
+
+    Example:
+
+    >>> z, t = keras.Input((8, 8, 3)), keras.Input((1,))
+    >>> time = keras.layers.Dense(3)(t)[:, None, None]
+    >>> foreign = keras.Model(
+    ...     {"latent": z, "timestep": t}, keras.layers.Dense(3)(z) + time
+    ... )
+    >>> network = AdaptedNetwork(
+    ...     foreign,
+    ...     (8, 8, 3),
+    ...     process="rectified_flow",
+    ...     time="flow_time",
+    ...     output="flow",
+    ...     time_scale=1000.0,
+    ...     time_axes=1,
+    ...     names={"z": "latent", "logsnr": "timestep"},
+    ... )
+    >>> v = network({"z": np.zeros((2, 8, 8, 3)), "logsnr": np.zeros(2)})
+    >>> network.prediction_type, tuple(v.shape)
+    ('v', (2, 8, 8, 3))
+    """
+
+    built: bool
+
+    def __init__(
+        self,
+        network: keras.Layer,
+        image_shape: Sequence[int],
+        *,
+        process: str = "variance_preserving",
+        time: str = "logsnr",
+        output: str = "v",
+        alphas_cumprod: Any = None,
+        sigma_data: float = 1.0,
+        time_scale: float = 1.0,
+        time_axes: int = 0,
+        time_width: int | None = None,
+        names: Mapping[str, str] | Sequence[str] | None = None,
+        conditioning: Mapping[str, Condition] | None = None,
+        constants: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(network, keras.Layer):
+            raise checks.invalid("network", "a Keras layer or model", network)
+        kwargs.setdefault("dtype", network.dtype_policy)
+        # The network casts for itself; what is done before must not be cast.
+        super().__init__(autocast=False, **kwargs)
+        self.network = network
+        self.image_shape = arguments.check_sizes("image_shape", image_shape)
+        self.process = checks.check_choice("process", process, PROCESSES)
+        self.time = checks.check_choice("time", time, TIMES)
+        self.output_type = checks.check_choice("output", output, OUTPUTS)
+        self.alphas_cumprod = arguments.check_table(time, alphas_cumprod)
+        self.sigma_data = checks.check_positive_number("sigma_data", sigma_data)
+        self.time_scale = checks.check_positive_number("time_scale", time_scale)
+        self.time_axes = checks.check_integer("time_axes", time_axes, 0, 8)
+        self.time_width = arguments.check_width(time_width)
+        self.conditioning = {
+            name: self._stored(name, condition)
+            for name, condition in check_declared(
+                "conditioning", conditioning or {}
+            ).items()
+        }
+        self.names = self._check_names(names)
+        if constants and not isinstance(self.names, Mapping):
+            raise ValueError(
+                "`constants` must not be given where `names` is a list. "
+                f"Received: constants of {[*constants]}"
+            )
+        self.constants = {
+            name: self._store(f"constant_{name}", value)
+            for name, value in (constants or {}).items()
+        }
+        self.build()
+
+    def _store(self, name: str, value: Any) -> keras.Variable:
+        """An untrained weight that holds an array."""
+        value = np.asarray(ops.convert_to_numpy(value))
+        dtype = "int32" if value.dtype.kind in "iub" else "float32"
+        # `autocast` would round it to half precision within the call.
+        weight = self.add_weight(
+            shape=value.shape,
+            dtype=dtype,
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+            name=name,
+        )
+        weight.assign(value)
+        return weight
+
+    def _stored(self, name: str, condition: Condition) -> Condition:
+        """The condition, with what says nothing held by this network."""
+        null = condition.null
+        if condition.dtype != "float32" or null is None or not null.shape:
+            return condition
+        return Condition(
+            condition.shape,
+            condition.dtype,
+            null=self._store(f"null_{name}", null),
+            num_classes=condition.num_classes,
+            mask=condition.mask,
+        )
+
+    def _check_names(self, names: Any) -> dict[str, str] | list[str]:
+        ours = ["z", "logsnr", *self.conditioning]
+        if names is None:
+            names = {}
+        if isinstance(names, Mapping):
+            if not {*names} <= {*ours}:
+                raise checks.invalid("names", f"a dictionary of {ours}", names)
+            return {name: names.get(name, name) for name in ours}
+        if not isinstance(names, (list, tuple)) or sorted(names) != sorted(
+            ours
+        ):
+            raise checks.invalid("names", f"a list of {ours}", names)
+        return list(names)
+
+    @property
+    def prediction_type(self) -> str:
+        """What it says: `"v"`, or `"x"` or `"epsilon"` if the network does."""
+        passed = self.output_type in ("x", "epsilon")
+        return self.output_type if passed else "v"
+
+    def build(self, input_shape: Any = None) -> None:
+        if self.built:
+            return
+        self.built = True
+        if not self.network.built:
+            # Keras builds layers as they are called, if only symbolically.
+            inputs = {
+                name: condition.symbolic()
+                for name, condition in self.conditioning.items()
+            }
+            inputs["z"] = keras.KerasTensor((None, *self.image_shape))
+            inputs["logsnr"] = keras.KerasTensor((None,))
+            self(inputs)
+
+    def call(
+        self, inputs: dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
+        z = ops.cast(inputs["z"], "float32")
+        logsnr = ops.cast(inputs["logsnr"], "float32")
+        foreign = self._foreign_inputs(inputs, z, logsnr)
+        output = self.network(foreign, training=training)
+        output = ops.cast(output, "float32")
+        if self.output_type == "flow":
+            return P.v_from_flow(output, z, logsnr)
+        if self.output_type == "edm":
+            return P.v_from_edm(output, z, logsnr, self.sigma_data)
+        return output
+
+    def _foreign_inputs(
+        self, inputs: dict[str, Tensor], z: Tensor, logsnr: Tensor
+    ) -> dict[str, Tensor] | list[Tensor]:
+        """What the network takes, by its names or in its order."""
+        given = {
+            **{name: inputs[name] for name in self.conditioning},
+            "z": self._input(z, logsnr),
+            "logsnr": self._time(logsnr),
+        }
+        if not isinstance(self.names, Mapping):
+            return [given[name] for name in self.names]
+        foreign = {self.names[name]: given[name] for name in given}
+        for name, value in self.constants.items():
+            shape = (*ops.shape(z)[:1], *value.shape)
+            foreign[name] = ops.broadcast_to(value, shape)
+        return foreign
+
+    def _input(self, z: Tensor, logsnr: Tensor) -> Tensor:
+        if self.process == "rectified_flow":
+            return P.flow_input(z, logsnr)
+        if self.process == "variance_exploding":
+            return P.exploding_input(z, logsnr)
+        if self.process == "edm":
+            return P.edm_input(z, logsnr, self.sigma_data)
+        return z
+
+    def _time(self, logsnr: Tensor) -> Tensor:
+        if self.time == "discrete_step":
+            time = P.discrete_step(logsnr, P.logsnr_table(self.alphas_cumprod))
+        else:
+            functions = {
+                "logsnr": lambda logsnr: logsnr,
+                "sigma": P.noise_to_signal,
+                "noise_variance": lambda logsnr: ops.sigmoid(-logsnr),
+                "flow_time": P.flow_time,
+                "edm": P.edm_time,
+            }
+            time = functions[self.time](logsnr)
+        time = self.time_scale * time
+        if self.time_width:
+            time = P.sinusoids(time, self.time_width)
+        for _ in range(self.time_axes):
+            time = time[..., None]
+        return time
+
+    def clone(self, name: str | None = None) -> Self:
+        """A second network of the same weights, of which none are shared.
+
+        Args:
+            name: Its name; by default the same.
+
+        Raises:
+            ValueError: If the foreign network can't be made anew.
+        """
+        config = {**super().get_config(), **self._arguments()}
+        config["network"] = _clone_of(self.network)
+        config["conditioning"] = dict(self.conditioning)
+        clone = type(self)(**{**config, "name": name or self.name})
+        for theirs, ours in zip(self.weights, clone.weights, strict=True):
+            # A copy, because JAX gives buffers away: none may be shared.
+            ours.assign(ops.copy(theirs.value))
+        return clone
+
+    def _arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, without network and conditioning."""
+        constants = {
+            name: np.zeros(value.shape, value.dtype)
+            for name, value in self.constants.items()
+        }
+        names = self.names
+        return {
+            "image_shape": self.image_shape,
+            "process": self.process,
+            "time": self.time,
+            "output": self.output_type,
+            "alphas_cumprod": self.alphas_cumprod,
+            "sigma_data": self.sigma_data,
+            "time_scale": self.time_scale,
+            "time_axes": self.time_axes,
+            "time_width": self.time_width,
+            "names": dict(names) if isinstance(names, Mapping) else [*names],
+            "constants": constants,
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        config = {**super().get_config(), **self._arguments()}
+        config["network"] = keras.saving.serialize_keras_object(self.network)
+        config["constants"] = {
+            name: [list(value.shape), str(value.dtype)]
+            for name, value in config["constants"].items()
+        }
+        config["conditioning"] = {
+            name: _described(condition)
+            for name, condition in self.conditioning.items()
+        }
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The inverse of `get_config`; weights are not in a configuration."""
+        config = dict(config)
+        config["network"] = keras.saving.deserialize_keras_object(
+            config["network"]
+        )
+        config["constants"] = {
+            name: np.zeros(shape, dtype)
+            for name, (shape, dtype) in config["constants"].items()
+        }
+        config["conditioning"] = {
+            name: _from_description(description)
+            for name, description in config["conditioning"].items()
+        }
+        return cls(**config)
+
+
+def _described(condition: Condition) -> dict[str, Any]:
+    """A condition's configuration; of a null that is a weight, the shape."""
+    if not isinstance(condition.null, keras.Variable):
+        return {**condition.get_config(), "null_shape": None}
+    null = condition.null
+    plain = Condition(
+        condition.shape,
+        condition.dtype,
+        num_classes=condition.num_classes,
+        mask=condition.mask,
+    )
+    return {**plain.get_config(), "null_shape": list(null.shape)}
+
+
+def _from_description(description: dict[str, Any]) -> Condition:
+    config = dict(description)
+    shape = config.pop("null_shape")
+    if shape is not None:
+        config["null"] = np.zeros(shape, "float32")
+    return Condition.from_config(config)
+
+
+def _clone_of(network: keras.Layer) -> keras.Layer:
+    """A second foreign network, by its own `clone()` or configuration."""
+    if callable(getattr(network, "clone", None)):
+        return network.clone()
+    try:
+        clone = type(network).from_config(network.get_config())
+        if not clone.built:
+            clone.build_from_config(network.get_build_config())
+    except Exception as error:  # because it is anybody's class
+        raise ValueError(
+            "`network` must be one that can be made anew, by `get_config` and "
+            f"`from_config` or by a method `clone()`. Received: {network!r}, "
+            f"which raised {type(error).__name__}: {error}"
+        ) from error
+    return clone
