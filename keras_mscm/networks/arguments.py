@@ -1,7 +1,7 @@
 """What the arguments of networks and their layers may be.
 
 The bounds are far beyond any use. They are there because a slip, such as a
-zero too many, is to be told at once, and not by memory that runs out.
+zero too many, should be reported at once, and not by memory that runs out.
 """
 
 import math
@@ -10,12 +10,13 @@ from typing import Any
 
 from keras_mscm import checks
 
-#: Of a side, of channels, and of the width of anything.
+#: The largest side, number of channels, or width of anything.
 MAX_SIZE = 2**16
-#: Of the blocks of a stage.
+#: The largest number of blocks of a stage.
 MAX_DEPTH = 2**10
-#: Of a hidden layer's width over its channels.
+#: The largest ratio of a hidden layer's width to its channels.
 MAX_RATIO = 2**8
+#: The largest number of classes.
 MAX_CLASSES = 2**24
 
 
@@ -55,7 +56,8 @@ def check_even(name: str, value: Any) -> int:
 
 def check_widths(name: str, value: Any) -> tuple[int, ...]:
     """Raises unless `value` is one size per stage, of one stage or more."""
-    # One pooling more, and nothing is left of the largest image.
+    # There are no more stages, because one pooling more would leave nothing of
+    # the largest image.
     stages = MAX_SIZE.bit_length()
     allowed = (
         f"a list or tuple of 1 to {stages} integers, one per stage, each of at "

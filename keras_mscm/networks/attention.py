@@ -16,8 +16,8 @@ def split_heads(
 ) -> list[Tensor]:
     """A dense layer's output in parts, of several heads each.
 
-    Each part is a product of its own. On TPUs, to cut it out of a larger one,
-    and to change the order of its axes, takes longer than the product.
+    Each part is a matrix product of its own, because on TPUs slicing a larger
+    product and transposing the slice take longer than the product.
 
     Args:
         tokens: `(batch, length, channels)`.
@@ -27,8 +27,9 @@ def split_heads(
     Returns:
         A list of `(batch, length, heads, channels of a head)`.
     """
-    # Keras casts on the way into a layer; nor is its scope for weights there
-    # when PyTorch computes a block again.
+    # The casts are explicit, because Keras casts inputs only when a layer is
+    # called, and its autocast scope for weights isn't active when PyTorch
+    # rematerialises a block.
     tokens, kernel, bias = (
         ops.cast(x, dense.compute_dtype)
         for x in (tokens, dense.kernel, dense.bias)
@@ -77,9 +78,10 @@ def attend(
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class CrossAttention(keras.layers.Layer):
-    """Each place of an image attends to a sequence.
+    """Conditions an image on a sequence, such as the tokens of a caption.
 
-    Queries and keys are normalised per head, as in `TransformerBlock`.
+    Each place of the image attends to the sequence. Queries and keys are
+    normalised per head, as in `TransformerBlock`.
 
     Args:
         head_width: Width of an attention head; must divide the channels.
@@ -136,7 +138,7 @@ class CrossAttention(keras.layers.Layer):
         return self.attention_output(attended)
 
     def flops(self, height: int, width: int, length: int) -> int:
-        """Of one image, on `height` x `width` places and `length` tokens."""
+        """FLOPs for one image of `height` x `width` places, `length` tokens."""
         places, channels = height * width, self.query.kernel.shape[-1]
         products = 2 * places * channels**2  # query and output
         products += length * math.prod(self.key_value.kernel.shape)

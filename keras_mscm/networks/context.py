@@ -12,11 +12,12 @@ from keras_mscm.networks.arguments import check_size
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class ContextEmbedding(keras.layers.Layer):
-    """Readies a sequence for cross-attention, and pools it.
+    """Takes in a sequence that a network is to be conditioned on.
 
-    A learned null token goes before the sequence and is never masked. So an
-    image without any real token has something to attend to and to average: it
-    is unconditional. What stands at masked places has no influence.
+    It readies the sequence for cross-attention, and pools it. A learned null
+    token goes before the sequence and is never masked, because an image
+    without any real token needs something to attend to and to average: it is
+    unconditional. What stands at masked places has no influence.
 
     Args:
         width: Length of the pooled embedding.
@@ -60,7 +61,7 @@ class ContextEmbedding(keras.layers.Layer):
         sequence, mask = inputs
         batch, width = ops.shape(sequence)[0], sequence.shape[-1]
         mask = ops.cast(mask, "bool")
-        # Chosen and not multiplied, as padding may be anything, NaN too.
+        # `where` and not a product, because padding may be anything, even NaN.
         sequence = ops.where(mask[..., None], sequence, 0)
         null = ops.broadcast_to(
             ops.cast(self.null_token, sequence.dtype), (batch, 1, width)
@@ -75,7 +76,7 @@ class ContextEmbedding(keras.layers.Layer):
         return tokens, mask, self.projection(mean)
 
     def flops(self) -> int:
-        """Of one image."""
+        """FLOPs for one image."""
         return 2 * math.prod(self.projection.kernel.shape)
 
     def get_config(self) -> dict[str, Any]:

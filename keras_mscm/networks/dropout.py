@@ -14,18 +14,18 @@ from keras_mscm.networks.arguments import check_rate
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class Dropout(keras.layers.Dropout):
-    """`keras.layers.Dropout` with random numbers that cost next to nothing.
+    """For dropout that costs next to nothing, and is the same on any backend.
 
-    The bits of an element are a hash of the layer's seed, the number of calls
-    so far, the example and the place in it. That is a handful of integer
-    operations, which compilers fuse into one pass; JAX's generator of random
-    numbers is much dearer on a CPU. An example's mask depends neither on the
-    backend, nor on the other examples, nor on how many devices share them.
+    It is `keras.layers.Dropout` whose random bits are a hash of the layer's
+    seed, the number of calls so far, the example and the place in it. That is
+    a handful of integer operations, which compilers fuse; JAX's generator of
+    random numbers is much dearer on a CPU. An example's mask depends neither on
+    the backend, nor on the other examples, nor on the number of replicas.
 
     Args:
         rate: The part that is dropped, in [0, 1).
-        noise_shape: None, as each element has a bit of its own; here because
-            configurations of `keras.layers.Dropout` have it.
+        noise_shape: None, because each element has a bit of its own. It is an
+            argument because configurations of `keras.layers.Dropout` have it.
         seed: Seed, in 0..2**31 - 3. None draws one, as
             `keras.utils.set_random_seed` says.
         **kwargs: As for any Keras layer.
@@ -92,36 +92,40 @@ class Dropout(keras.layers.Dropout):
 
 
 def seeds_apart(seed: int | None, number: int, drops: bool) -> list[int]:
-    """Seeds for several layers, of one for all.
+    """Makes seeds for several layers of one seed.
 
-    They are far apart, as a backend may take seed + counter for its state.
+    They are far apart, because a backend may take seed + counter for its state.
 
     Args:
         seed: Seed; None draws one.
         number: How many.
-        drops: Whether any is used.
+        drops: Whether any layer will use its seed.
     """
     if seed is None and not drops:
-        seed = 0  # Weights draw theirs from the same generator.
+        seed = 0  # because a draw would change which seeds the weights draw
     seed = checks.as_seed("seed", seed)
     words = np.random.SeedSequence(seed).generate_state(number) >> 1
     return [int(word) for word in words % checks.SEED_END]
 
 
 def first_example(x: Tensor) -> Tensor:
-    """Where a share begins in the batch of which replicas have one each."""
+    """Index in the whole batch of the first example of this replica's shard.
+
+    Args:
+        x: The shard, `(batch, ...)`.
+    """
     index, _ = backend.replica()
     return ops.cast(index * ops.shape(x)[0], "int32")
 
 
 def dropped(x: Tensor, state: Tensor, first: Tensor, rate: float) -> Tensor:
-    """`x`, of which a part is 0, and the rest larger.
+    """`x` with some of its elements set to 0, and the others scaled up.
 
     Args:
         x: `(batch, ...)`.
         state: What `Dropout.draw` has returned.
         first: What `first_example` has returned.
-        rate: The part, in (0, 1).
+        rate: The share of elements that become 0, in (0, 1).
     """
     keep = _keep(x, state, first, rate)
     return ops.where(keep, x / (1 - rate), 0)
@@ -137,13 +141,13 @@ def _keep(x: Tensor, state: Tensor, first: Tensor, rate: float) -> Tensor:
     place = ops.arange(math.prod(x.shape[1:]), dtype="int32")
     key = _hash(example + _hash(seed + _hash(count)))
     bits = _hash(ops.bitwise_xor(place, key[:, None]))
-    # The largest there is where the rate rounds to 1, as 2**31 is no int32.
+    # The bound is for rates that round to 1, because 2**31 is no int32.
     threshold = min(round(rate * 2**32) - 2**31, 2**31 - 1)
     return ops.reshape(bits >= threshold, ops.shape(x))
 
 
 def _hash(bits: Tensor) -> Tensor:
-    """Mixes 32 bits. Signed, as not every backend computes with unsigned."""
+    """Mixes 32 bits, signed because not every backend has unsigned ones."""
     bits = _folded(bits, 16) * 0x21F0AAAD
     bits = _folded(bits, 15) * 0x735A2D97
     return _folded(bits, 15)
@@ -152,7 +156,8 @@ def _hash(bits: Tensor) -> Tensor:
 def _folded(bits: Tensor, places: int) -> Tensor:
     """`bits ^ (bits >> places)`, with zeros coming in from the left."""
     shifted = ops.bitwise_right_shift(bits, places)
-    # Keras would make it a float if bfloat16 is the default, on JAX (3.15.1).
+    # The mask is a tensor because Keras 3.15.1 on JAX would make a float of the
+    # number where bfloat16 is the default.
     low = ops.convert_to_tensor(2 ** (32 - places) - 1, "int32")
     shifted = ops.bitwise_and(shifted, low)
     return ops.bitwise_xor(bits, shifted)

@@ -22,10 +22,11 @@ from keras_mscm.networks.normalization import GroupNormalization
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class NoiseLevelEmbedding(keras.layers.Layer):
-    """Embeds a log-SNR: sinusoids of its angle, then a small MLP.
+    """For a network of your own that is to know the noise level.
 
-    The angle `2 / pi atan(exp(-logsnr / 2))` lies in (0, 1) and is the time of
-    the plain cosine schedule, whatever schedule made the noise.
+    It embeds a log-SNR by sinusoids of its angle and a small MLP. The angle
+    `2 / pi atan(exp(-logsnr / 2))` lies in (0, 1) and is the time of the plain
+    cosine schedule, whatever schedule made the noise.
 
     Args:
         width: Length of the embedding, even and at least 4.
@@ -56,8 +57,8 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         self.projection.build((None, self.width))
 
     def call(self, logsnr: Tensor) -> Tensor:
-        # In float32 whatever the policy: half precision has no room for the
-        # phase of the fast sinusoids.
+        # The phases are float32 whatever the policy, because half precision
+        # has no room for those of the fast sinusoids.
         logsnr = ops.cast(logsnr, "float32")
         time = ops.arctan(ops.exp(-logsnr / 2)) * (2 / math.pi)
         half = self.width // 2
@@ -68,7 +69,7 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         return self.projection(self.hidden(waves))
 
     def flops(self) -> int:
-        """Of one image."""
+        """FLOPs for one image."""
         return 4 * self.width**2
 
     def get_config(self) -> dict[str, Any]:
@@ -77,7 +78,9 @@ class NoiseLevelEmbedding(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class ResNetBlock(keras.layers.Layer):
-    """Two 3x3 convolutions, scaled and shifted by the conditioning.
+    """A block for fine resolutions, where attention would cost too much.
+
+    It has two 3x3 convolutions, scaled and shifted by the conditioning.
 
     Args:
         dropout: Dropout rate before the second convolution, in [0, 1).
@@ -147,7 +150,8 @@ class ResNetBlock(keras.layers.Layer):
     def call(
         self, inputs: tuple[Tensor, Tensor], training: bool | None = None
     ) -> Tensor:
-        # Drawn outside: a block that is computed again must drop the same.
+        # The state is drawn outside of the block, because rematerialisation
+        # runs the block again, which must drop the same elements.
         state = self.dropout.draw() if training else None
 
         def block(x, embedding):
@@ -163,9 +167,9 @@ class ResNetBlock(keras.layers.Layer):
         return run(backend.laid_out(maps), embedding)
 
     def flops(self, height: int, width: int) -> int:
-        """Of one image of `height` x `width` places.
+        """FLOPs for one image of `height` x `width` places.
 
-        Of a convolution, those products count whose place is in the image.
+        A convolution's products with the padding are not counted.
         """
         taps = (3 * height - 2) * (3 * width - 2)
         kernels = taps * math.prod(self.conv_1.kernel.shape[2:])
@@ -188,7 +192,7 @@ _normalized = backend.fused(ops.rms_normalization)
 def _modulated(
     h: Tensor, scale: Tensor, shift: Tensor, *drop: Tensor, rate: float
 ) -> Tensor:
-    """The hidden layer of an MLP; `drop` is there if dropout takes a part."""
+    """An MLP's hidden layer, scaled and shifted; with `drop`, dropped too."""
     h = ops.silu(h) * (1 + scale) + shift
     if not drop:
         return h
@@ -198,15 +202,16 @@ def _modulated(
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class TransformerBlock(keras.layers.Layer):
-    """Self-attention, then an MLP whose hidden layer is scaled and shifted.
+    """A block for coarse resolutions, where each place is to see all others.
 
+    It is self-attention, then an MLP whose hidden layer is scaled and shifted.
     Queries and keys are normalised per head (Dehghani et al., 2023). Given a
     context, the block attends to that in between.
 
     Keras picks a fused kernel for the attention where the backend has one:
     cuDNN's on NVIDIA's GPUs from Ampere on (JAX, in half precision), whichever
     PyTorch has for the device. There is none on TensorFlow, where it is written
-    out in products. On TPUs JAX's compiler makes one pass of it
+    out in products. On TPUs it is written so that JAX's compiler fuses it
     (`backend.tpu_attention`).
 
     Args:
@@ -257,8 +262,9 @@ class TransformerBlock(keras.layers.Layer):
         def dense(units, name, **kw):
             return keras.layers.Dense(units, dtype=policy, name=name, **kw)
 
-        # The other normalisations go unscaled: the scale of one before a dense
-        # layer is the dense layer's, the key's is the query's.
+        # The other normalisations have no scale, because another weight takes
+        # its place: before a dense layer the layer's kernel, and of the keys
+        # the queries' scale, since the logits see only the product of both.
         self.norm_query = keras.layers.RMSNormalization(
             dtype=policy, name="norm_query"
         )
@@ -302,7 +308,8 @@ class TransformerBlock(keras.layers.Layer):
         self, inputs: tuple[Tensor, ...], training: bool | None = None
     ) -> Tensor:
         maps, embedding, *context = inputs
-        # Outside, as in `ResNetBlock`; and the mask, which has no gradient.
+        # The state is drawn outside for the reason given in `ResNetBlock`. The
+        # mask is no argument of the block because it has no gradient.
         state = self.dropout.draw() if training else None
         tokens, mask = context[:1], context[1:]
 
@@ -325,7 +332,7 @@ class TransformerBlock(keras.layers.Layer):
         return ops.reshape(places, (-1, height, width, channels))
 
     def flops(self, height: int, width: int, length: int = 0) -> int:
-        """Of one image of `height` x `width` places, `length` tokens beside."""
+        """FLOPs for one image of `height` x `width` places, `length` tokens."""
         places = height * width
         channels, hidden = self.mlp_hidden.kernel.shape
         products = places * (4 * channels**2 + 2 * channels * hidden)
@@ -348,7 +355,10 @@ class TransformerBlock(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class PositionEmbedding(keras.layers.Layer):
-    """Adds a learned vector to each place of `(batch, height, width, c)`."""
+    """For blocks that attend, to which places are otherwise all alike.
+
+    It adds a learned vector to each place of `(batch, height, width, c)`.
+    """
 
     def build(self, input_shape: tuple) -> None:
         self.position = self.add_weight(

@@ -12,12 +12,13 @@ from keras_mscm.functional.process import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class GroupNormalization(keras.layers.GroupNormalization):
-    """`keras.layers.GroupNormalization` of `(batch, ..., channels)`.
+    """For group normalisation that is as fast on TPUs as it can be.
 
-    Sums are taken per channel, at least in float32, and only then over the
-    channels of a group: the maps are read once and never reshaped. On TPUs,
-    whose vectors are of 128 channels, groups of a few would fill one each,
-    and be copied to get there.
+    It is `keras.layers.GroupNormalization` of `(batch, ..., channels)`. Sums
+    are taken per channel, at least in float32, and only then over the channels
+    of a group, so the maps are read once and never reshaped. On TPUs a reshape
+    to groups would be a copy, and each group of a few channels would be padded
+    to a vector of 128.
 
     Arguments, call arguments and returns as of
     `keras.layers.GroupNormalization`, with `axis=-1`.
@@ -43,7 +44,8 @@ class GroupNormalization(keras.layers.GroupNormalization):
         places = tuple(range(1, len(inputs.shape) - 1))
         mean = self._over_groups(ops.mean(x, axis=places))
         square = self._over_groups(ops.mean(ops.square(x), axis=places))
-        # Rounding may leave it below 0, where all values are nearly the same.
+        # The bound is there because rounding may leave the difference below 0
+        # where all values are nearly the same.
         variance = ops.maximum(square - ops.square(mean), 0.0)
         scale = ops.rsqrt(variance + self.epsilon)
         scale = scale * self.gamma if self.scale else scale

@@ -39,13 +39,13 @@ from keras_mscm.networks.patches import to_patches, to_pixels
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
 class UViT(keras.Model):
-    """A U-Net whose stages are convolutional or, where they attend, ViT.
+    """The network for images, when you have none of your own.
 
-    Stages run from the finest resolution to the middle one. Each but the last
-    stands twice, on the way down (ending in an average pool) and on the way up
-    (beginning with a nearest-neighbour upsampling); every block's output on
-    the way down is added to the input of its mirror image on the way up. One
-    stage alone is a plain ViT.
+    It is a U-Net whose stages are convolutional or, where they attend, ViT.
+    Each stage but the middle one, the last, stands twice: on the way down,
+    ending in an average pool, and on the way up, beginning with an upsampling.
+    A block's output on the way down is added to the input of its mirror image
+    on the way up. One stage alone is a plain ViT.
 
     Args:
         image_shape: Height, width and channels of the images.
@@ -53,9 +53,8 @@ class UViT(keras.Model):
         depths: Blocks of each stage (per direction), at least 1.
         attention: For each stage, whether its blocks are transformers (else
             ResNet blocks); or one value for all.
-        num_classes: Number of classes; None for a network without. There is
-            one more label than classes: `num_classes` says 'no class', for
-            label dropout and classifier-free guidance.
+        num_classes: Number of classes; None for a network without. The label
+            `num_classes` says 'no class', for label dropout and guidance.
         context_width: Width of the tokens of a sequence that the network is
             conditioned on, a caption's for example; None for a network
             without. Every transformer block attends to them.
@@ -135,8 +134,8 @@ class UViT(keras.Model):
         remat: bool | Sequence[bool] = False,
         **kwargs: Any,
     ):
-        # Each layer casts for itself: the log-SNR stays float32 until it is
-        # embedded.
+        # Each layer casts for itself, because the log-SNR must stay float32
+        # until it is embedded.
         super().__init__(autocast=False, **kwargs)
         self.widths = check_widths("widths", widths)
         stages = len(self.widths)
@@ -307,7 +306,8 @@ class UViT(keras.Model):
             maps = block((maps, *conditions[-1]), training=training)
 
         for stage in reversed(range(len(self.up))):
-            # As after unpooling, to each place the same: for a quarter of them.
+            # A dense layer acts on each place alone, so it runs before the
+            # upsampling, where there are four times fewer places.
             maps = backend.unpooled(self.narrow[stage](maps), self.unpool)
             for block in self.up[stage]:
                 maps = maps + skips.pop()
@@ -323,9 +323,8 @@ class UViT(keras.Model):
     def flops(self, context_length: int = 128) -> int:
         """FLOPs of one forward pass for one image.
 
-        A multiplication with its addition counts as two. Counted are dense
-        layers, convolutions and attention, which is nearly all; what belongs
-        to the conditioning once per image.
+        A multiplication and its addition are two. Dense layers, convolutions
+        and attention are counted, which is nearly all.
 
         Args:
             context_length: Tokens of the context, where there is one.
