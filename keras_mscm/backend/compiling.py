@@ -40,16 +40,17 @@ def compile_inference(
             with keras.StatelessScope(state_mapping=zip(variables, values)):
                 return gathered(function(*args))
 
-        # Not `v.value`: outside of any scope it is the same, and to find that
-        # out takes 1 us a variable, of which a small network has a hundred.
+        # `v._value` is the same as `v.value` outside of any scope. The latter
+        # would take 1 us to find that out for each variable, of which a small
+        # network has a hundred.
         return lambda *args: compiled([v._value for v in variables], *args)
     if NAME == "tensorflow":
         graph, traced = tf.function(function, jit_compile=True), {}
 
         def run(*args):
             tensors = _converted(args, tf.convert_to_tensor)
-            # `graph` would find its trace itself, for which it takes a fifth of
-            # a small network's time.
+            # Traces are looked up here, because `graph` takes a fifth of a
+            # small network's time to find its trace.
             flat = keras.tree.flatten(tensors)
             kinds = tuple((x.shape, x.dtype) for x in flat)
             if kinds not in traced:
@@ -66,7 +67,7 @@ def compile_inference(
 
 
 def _converted(args: Sequence[Any], convert: Callable[[Any], Any]) -> list:
-    """Arrays, or dictionaries of them: faster than any `map_structure`."""
+    """Converts arrays, or dictionaries of them; `map_structure` is slower."""
     return [
         {name: convert(value) for name, value in arg.items()}
         if isinstance(arg, dict)
@@ -76,16 +77,17 @@ def _converted(args: Sequence[Any], convert: Callable[[Any], Any]) -> list:
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes one kernel of a function of tensors that runs within a step.
+    """Fuses a function of tensors that runs within a step into one kernel.
 
-    TensorFlow runs a step on the CPU operation by operation, each of which
-    reads and writes memory; this compiles what is within, and its gradient,
-    which computes what is within once more instead of keeping it. JAX does so
-    anyway, and PyTorch's compiler can't be counted on to be there.
+    It does so on TensorFlow alone, which runs a step on the CPU operation by
+    operation, each of which reads and writes memory. The gradient is a kernel
+    too; it computes the function once more, instead of keeping intermediate
+    results. JAX fuses without being asked, and PyTorch's compiler may not be
+    installed.
 
     Args:
-        function: Function of tensors, and by name of what isn't one; it reads
-            no variable.
+        function: Function of tensors, which are positional, and of settings,
+            which are keywords; it reads no variable.
 
     Returns:
         A function of the same arguments.
@@ -127,7 +129,7 @@ _compiled_for: str | None = None
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Traces on JAX what is within for another platform than this machine's.
+    """Within it JAX traces for another platform than this machine's.
 
     Args:
         platform: JAX's name of it, such as `"tpu"`.
@@ -141,5 +143,5 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def platform() -> str:
-    """JAX's name of what is compiled for: `"cpu"`, `"gpu"` or `"tpu"`."""
+    """JAX's name of the platform to compile for, such as `"tpu"`."""
     return _compiled_for or jax.default_backend()

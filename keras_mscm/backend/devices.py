@@ -1,4 +1,4 @@
-"""How a batch is shared by processes, replicas and devices."""
+"""How a batch is sharded over processes, replicas and devices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +15,11 @@ elif NAME == "tensorflow":
 
 
 def process() -> tuple[int, int]:
-    """Number of this process, from 0, and how many train one model.
+    """Index of this process, and the number of those that train one model.
 
-    On JAX, after `keras.distribution.initialize`. TensorFlow's workers share
-    out a `tf.data.Dataset` by themselves, so each counts as the only one.
+    There are several on JAX alone, after `keras.distribution.initialize`.
+    TensorFlow's workers shard a `tf.data.Dataset` by themselves, so each counts
+    as the only one.
     """
     if NAME == "jax" and jax.distributed.is_initialized():
         return jax.process_index(), jax.process_count()
@@ -26,11 +27,11 @@ def process() -> tuple[int, int]:
 
 
 def replica() -> tuple[Any, int]:
-    """Which of how many replicas of a step this one is.
+    """Index of this replica of a step, and the number of replicas.
 
-    Under a strategy of `tf.distribute` each replica runs the step with a share
-    of the batch. Elsewhere a step always sees the whole: on JAX the compiler
-    divides it among the devices.
+    Under a strategy of `tf.distribute` each replica runs the step with a shard
+    of the batch. Elsewhere a step always sees the whole batch, because on JAX
+    the compiler shards it over the devices.
 
     Returns:
         Index and number of replicas.
@@ -44,7 +45,7 @@ def replica() -> tuple[Any, int]:
 
 
 def has_several_workers(model: keras.Model) -> bool:
-    """Whether a strategy of `tf.distribute` spreads it over machines.
+    """Whether a strategy of `tf.distribute` spreads a model over machines.
 
     Args:
         model: Model that was compiled within the strategy's scope.
@@ -56,7 +57,7 @@ def has_several_workers(model: keras.Model) -> bool:
 
 
 def shares(model: keras.Model) -> int:
-    """Among how many a batch that this process gives to Keras is divided.
+    """Number of shards that a batch which this process gives Keras becomes.
 
     Args:
         model: Model that is trained on it.
@@ -67,7 +68,7 @@ def shares(model: keras.Model) -> int:
     if NAME != "jax" or distribution is None:
         return 1
     replicas = distribution.num_model_replicas
-    if distribution.auto_shard_dataset:  # Keras is given the whole batch
+    if distribution.auto_shard_dataset:  # each process gives the whole batch
         return replicas
     return max(replicas // distribution.num_processes, 1)
 
@@ -92,10 +93,10 @@ def lies_on(variable: keras.Variable, distribution: Any) -> bool:
 
 
 def divided(batch: Any) -> Any:
-    """Divides a batch among devices, in what `compile_inference` compiles.
+    """Shards a batch over devices, in what `compile_inference` compiles.
 
-    A batch that doesn't divide is computed whole by each. Without
-    `keras.distribution` nothing happens.
+    A batch that doesn't divide evenly stays whole. Without `keras.distribution`
+    nothing happens.
 
     Args:
         batch: Tensors, each of the length of the batch; or a structure of them.
@@ -114,7 +115,7 @@ def divided(batch: Any) -> Any:
 
 
 def gathered(outputs: Any) -> Any:
-    """Tensors whole on each device, so that each process can read them."""
+    """Replicates tensors on each device, so that each process can read them."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return outputs
@@ -135,14 +136,15 @@ def draw(
 ) -> Any:
     """Draws random numbers for a batch, the same for any number of replicas.
 
-    Replicas hold the same seed and would draw the same: each draws for the
-    whole batch here, and takes what belongs to its share.
+    Each replica draws for the whole batch and takes the numbers of its shard,
+    because replicas hold the same seed and would draw the same numbers.
 
-    They are float32 whatever Keras' `floatx`, as times and noise have to be.
+    They are float32 whatever Keras' `floatx`, because times and noise have to
+    be.
 
     Args:
         function: One of `keras.random`'s.
-        shape: Shape of the numbers of this replica's share, batch first.
+        shape: Shape of the numbers of this replica's shard, batch first.
         seed: Seed generator.
     """
     index, number = replica()

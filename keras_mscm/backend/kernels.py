@@ -1,4 +1,4 @@
-"""What one device or number format computes in another way."""
+"""Operations for which a device or dtype needs a kernel of its own."""
 
 import functools
 from collections.abc import Callable
@@ -25,24 +25,23 @@ def normalized_attention(
 ) -> Any:
     """Attention of queries and keys, each divided by its root mean square.
 
-    `keras.ops.dot_product_attention`, on TPUs and in float16 too.
+    It is `keras.ops.dot_product_attention` that works everywhere.
 
-    On TPUs it is `tpu_attention.attention`: there Keras takes JAX's Splash
-    attention as if places were in causal order, and leaves out the scale
-    (3.15.1). On TensorFlow it is written out.
+    On TPUs it is `tpu_attention.attention`, because Keras 3.15.1 there calls
+    JAX's Splash attention with a causal mask and without the scale. On
+    TensorFlow it is written out in products.
 
-    In float16 JAX asks for a product that adds up in float32, which XLA has
-    for GPUs only; on a CPU or TPU that fails when the step is compiled, too
-    late for the other ways that JAX and Keras would try. There it is computed
-    in float32.
+    In float16 on a CPU or TPU it is computed in float32, because JAX asks for a
+    product that accumulates in float32, which XLA has for GPUs only. That fails
+    when the step is compiled, too late for JAX and Keras to fall back.
 
     Args:
         query: `(batch, places, heads, channels)`.
         key: `(batch, length, heads, channels)`.
         value: `(batch, length, heads, channels)`.
         query_scale: What the normalised queries are multiplied by,
-            `(channels,)`. The keys' need no scale, as what multiplies the one
-            multiplies the other.
+            `(channels,)`. The keys need no scale, because the logits see only
+            the product of both.
         epsilons: What the mean squares of queries, and of keys, are increased
             by.
         mask: True where a key counts, of a shape that broadcasts to `(batch,
@@ -64,7 +63,7 @@ def normalized_attention(
 
 
 def _attention() -> Callable:
-    """What computes it best."""
+    """The kernel of attention for this backend and device."""
     if _on_tpu():
         return tpu_attention.attention
     return _by_products if NAME == "tensorflow" else _by_keras
@@ -79,8 +78,8 @@ def _by_keras(query, key, value, *, query_scale, epsilons, mask):
 def _by_products(query, key, value, *, query_scale, epsilons, mask):
     """For TensorFlow, where Keras has no kernel for attention.
 
-    The order of axes is changed once, with the normalisation, and not in each
-    of Keras' products and of their gradients.
+    Axes are transposed once, fused with the normalisation, and not in each of
+    Keras' products and of their gradients.
     """
     scale = query_scale * query.shape[-1] ** -0.5
     query = _heads(query, scale, epsilon=epsilons[0], axes=(0, 2, 1, 3))
@@ -95,17 +94,18 @@ def _by_products(query, key, value, *, query_scale, epsilons, mask):
 
 @fused
 def _heads(x, *scale, epsilon, axes):
-    """Normalised, in another order of axes."""
+    """Normalises heads and transposes them."""
     x = ops.rms_normalization(x, *scale, epsilon=epsilon)
     return ops.transpose(x, axes)
 
 
 def projected(tokens: Any, kernel: Any, bias: Any) -> Any:
-    """What a dense layer makes of tokens, for several heads.
+    """A dense layer's output for tokens, split into several heads.
 
-    On TensorFlow by a product of two matrices: for an `einsum` Keras takes a
-    product for each image, and in its gradient adds up as many kernels. On
-    TPUs it is the `einsum` that leaves axes as attention takes them.
+    On TensorFlow it is one product of two matrices, because Keras' `einsum`
+    would take a product for each image, and add up as many kernels in its
+    gradient. Elsewhere it is an `einsum`, because on TPUs that leaves axes in
+    the layout that attention takes.
 
     Args:
         tokens: `(batch, length, channels)`.
@@ -123,23 +123,23 @@ def projected(tokens: Any, kernel: Any, bias: Any) -> Any:
 
 
 def laid_out(maps: Any) -> Any:
-    """Feature maps as convolutions on TPUs take and leave them.
+    """Lays feature maps out as convolutions on TPUs take and leave them.
 
     Args:
         maps: `(batch, height, width, channels)`.
 
     Returns:
-        The same.
+        The same values.
     """
     return tpu_layouts.places_first(maps) if _on_tpu() else maps
 
 
 def unpooled(maps: Any, unpool: keras.layers.UpSampling2D) -> Any:
-    """`unpool(maps)`, on TPUs too.
+    """`unpool(maps)`, by a kernel of its own on TPUs.
 
     Args:
         maps: `(batch, height, width, channels)`.
-        unpool: Gives what is at each place to four.
+        unpool: Nearest-neighbour upsampling by two.
 
     Returns:
         `(batch, 2 height, 2 width, channels)`.

@@ -25,7 +25,8 @@ def rewound(seed_states: Sequence[keras.Variable]) -> Iterator[None]:
         seed_states: The states of the `SeedGenerator`s that the block uses.
     """
     before = [ops.copy(state.value) for state in seed_states]
-    # Keras' unseeded Dropout draws from PyTorch's own generator.
+    # PyTorch's own generator is put back too, because Keras' unseeded Dropout
+    # draws from it.
     with (
         torch.random.fork_rng()
         if NAME == "torch"
@@ -62,9 +63,9 @@ def seed_generator(seed: int | None) -> keras.random.SeedGenerator:
 
 
 def _spread(seed: int) -> int:
-    """Another seed for each, far from its neighbours' (golden section).
+    """Maps a seed to one far from those of its neighbours (golden section).
 
-    Because PyTorch's generator is given the sum of a state's seed and count,
+    PyTorch's generator is given the sum of a state's seed and count, so
     neighbouring seeds would draw the same numbers, one after the other.
     """
     return seed * 0x4F1BBCDD % 2**31
@@ -79,7 +80,7 @@ def host_random_states() -> dict[str, Any]:
     """
     states = {
         "python": random.getstate(),
-        # NumPy's old global one, which Keras draws from.
+        # NumPy's legacy generator, because Keras draws from it.
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
     }
     if NAME == "torch":

@@ -55,11 +55,11 @@ def run_with_state(
 
 
 def waits_for(data: Any) -> contextlib.AbstractContextManager:
-    """Lets what runs within wait for a batch of data.
+    """Makes the operations within it wait for a batch of data.
 
-    In a graph, TensorFlow begins with whatever needs no data: at the end of a
-    stream of unknown length that is a step without a batch, which would still
-    be counted.
+    In a graph, TensorFlow begins with whatever needs no data. At the end of a
+    stream of unknown length that would count a step for which there is no
+    batch.
 
     Args:
         data: Tensors, as they come to a step.
@@ -89,7 +89,8 @@ def values_kept(model: keras.Model) -> Iterator[None]:
         yield
     except BaseException:
         if NAME == "jax":
-            # After the last step, which Keras does itself in `fit` alone.
+            # The last step's state goes back into the variables here, because
+            # Keras itself does that in `fit` alone.
             model.jax_state_sync()
         for variable, value in before:
             if variable._value is None and not value.is_deleted():
@@ -100,15 +101,15 @@ def values_kept(model: keras.Model) -> Iterator[None]:
 def move_towards(
     pairs: Sequence[tuple[keras.Variable, keras.Variable]], rate: Any
 ) -> None:
-    """Moves each average by a share of its distance to a weight, in place.
+    """Moves each average by a part of its distance to a weight, in place.
 
     Where that distance is not finite the average stays.
 
     Args:
         pairs: Averages, each with its weight.
-        rate: The share, a scalar tensor.
+        rate: The part, a scalar tensor.
     """
-    if NAME == "torch":  # a kernel for all, not several for each
+    if NAME == "torch":  # because one kernel for all averages is faster
         averages = [average.value for average, _ in pairs]
         weights = [weight.value for _, weight in pairs]
         with torch.no_grad():

@@ -11,7 +11,8 @@ from keras_mscm.backend.framework import NAME
 
 def is_tf_dataset(x: Any) -> bool:
     """Whether it is a `tf.data.Dataset`, which every backend takes."""
-    # Not imported here, because who has such a data set has imported it.
+    # TensorFlow isn't imported here, because whoever has such a data set has
+    # imported it.
     tf = sys.modules.get("tensorflow")
     return tf is not None and isinstance(x, tf.data.Dataset)
 
@@ -32,7 +33,7 @@ def watched_tf_dataset(dataset: Any, see: Callable[[Any, int], Any]) -> Any:
             see(keras.tree.pack_sequence_as(batch, arrays), number)
             return number
 
-        # The batch waits for it, or TensorFlow would leave it out.
+        # The batch depends on the call, because TensorFlow would prune it else.
         done = tf.numpy_function(seen, [number, *tensors], number.dtype)
         with tf.control_dependencies([done]):
             return keras.tree.map_structure(tf.identity, batch)
@@ -41,7 +42,7 @@ def watched_tf_dataset(dataset: Any, see: Callable[[Any, int], Any]) -> Any:
 
 
 def lies_on_host(array: Any) -> bool:
-    """Whether an array or tensor can be read without a device's waiting."""
+    """Whether an array or tensor can be read without waiting for a device."""
     if NAME == "torch" and hasattr(array, "device"):
         return getattr(array.device, "type", "cpu") == "cpu"
     if NAME == "jax" and hasattr(array, "devices"):

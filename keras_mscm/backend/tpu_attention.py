@@ -1,4 +1,4 @@
-"""Attention in products that the TPU compiler makes one pass of."""
+"""Attention in products that the TPU compiler fuses."""
 
 import functools
 from typing import Any
@@ -18,18 +18,23 @@ def attention(
     epsilons: tuple[float, float],
     mask: Any = None,
 ) -> Any:
-    """Attention of normalised heads, with nothing to wait for in between.
+    """Attention of normalised heads, whose weights never go to memory.
 
-    A softmax begins with the largest logit, for which all of them are written
-    to memory and read again. A bound keeps `exp` in range as well; and the sum
-    that divides comes from a column of ones beside the values. So the weights
-    go from one product into the other, and never to memory. The gradient
-    computes them again, once for memory (for the queries and keys, whose
-    gradients take a third product), once on the way into the values'. What the
-    normalisations' gradients sum over is summed as those products come out.
+    A softmax subtracts the largest logit, for which the compiler materialises
+    all logits and reads them again. A bound of the logits is subtracted here
+    instead, because it keeps `exp` in range as well, and the sum of the weights
+    comes from a column of ones beside the values. So the compiler fuses the
+    product that gives the weights with the one that takes them.
 
-    It is exact while a query's largest logit is less than 115 below the bound
-    (beyond, it finds nothing): for any input if the bound is at most 57.
+    The gradient computes the weights twice. For the gradients of queries and
+    keys they are materialised, because these take a third product, which is not
+    fused with the others. For the gradient of the values they are computed
+    again, fused into its product. The sums in the gradients of the
+    normalisations are fused into the products that they are taken of.
+
+    It is exact while the largest logit of each query is less than 115 below the
+    bound, so for any input if the bound is at most 57. Farther below, the
+    weights vanish in float32.
 
     Args:
         query: `(batch, places, heads, channels)`, not yet normalised.
@@ -54,7 +59,7 @@ def attention(
 
 
 def largest_logit(query_scale: Any) -> Any:
-    """What no logit exceeds in size, if queries and keys are normalised.
+    """A bound on the size of every logit of normalised queries and keys.
 
     Args:
         query_scale: What the queries are multiplied by then, `(channels,)`.
@@ -62,8 +67,9 @@ def largest_logit(query_scale: Any) -> Any:
     Returns:
         Scalar, float32.
     """
-    # A normalised vector's length is the root of its channels, and of two such
-    # roots the logits' scale takes one back.
+    # The product of two normalised vectors is at most the number of channels,
+    # because the length of each is the root of that number. One root is left,
+    # because logits are divided by the other.
     scale = jnp.asarray(query_scale, "float32")
     return jnp.max(jnp.abs(scale)) * scale.size**0.5
 
@@ -74,7 +80,7 @@ def _product(indices: str, *factors: Any) -> Any:
 
 
 def _normalized(x: Any, epsilon: float) -> tuple[Any, Any]:
-    """With a root mean square of 1, and what made it so."""
+    """`x` with a root mean square of 1, and the factor that made it so."""
     exact = x.astype("float32")
     square = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(square + epsilon)
@@ -82,19 +88,20 @@ def _normalized(x: Any, epsilon: float) -> tuple[Any, Any]:
 
 
 def _lengthening(gradient: Any, x: Any) -> Any:
-    """How far the gradient only makes the normalised `x` longer."""
+    """The component of the gradient along the normalised `x`."""
     return jnp.mean(gradient.astype("float32") * x, axis=-1, keepdims=True)
 
 
 def _of_raw(gradient: Any, lengthening: Any, x: Any, inverse: Any) -> Any:
-    """The gradient of what `_normalized` made `x` of."""
+    """The gradient at the input of `_normalized`, whose output is `x`."""
     return (inverse * (gradient - lengthening * x)).astype(x.dtype)
 
 
 def _weights(query: Any, key: Any, scale: Any, mask: Any) -> Any:
-    """Not yet divided by their sum; `(batch, heads, places, length)`."""
+    """Weights before their division by the sum, `(batch, heads, ...)`."""
     logits = _product("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
-    # 45 is in the middle of what float32 and bfloat16 hold.
+    # The largest weight may be exp(45), because float32 and bfloat16 hold up to
+    # exp(88): half of that is for small weights, half for sums of large ones.
     weights = jnp.exp(logits + (45.0 - largest_logit(scale)))
     if mask is not None:
         weights = jnp.where(mask, weights, 0.0)
@@ -124,8 +131,9 @@ def _attend(
 
 
 def _gradient(kept: tuple, gradient: Any) -> tuple:
-    # Barriers: else the compiler would find the same weights where they were
-    # computed before, and put them into memory from there to here.
+    # The barriers are there because the compiler would otherwise eliminate the
+    # second computation of the weights as a common subexpression, and keep them
+    # in memory from the forward pass on.
     barrier = jax.lax.optimization_barrier
     gradient, kept = barrier((heads_first(gradient), kept))
     query, key, value, scale, mask, attended, inverses = kept

@@ -1,8 +1,8 @@
-"""In which order the TPU compiler puts axes into memory.
+"""Memory layouts with which the TPU compiler can fuse neighbours.
 
-It chooses well for each operation, but not for what stands between: a layout
-that two neighbours disagree about keeps them from being one pass. Each function
-returns what it is given.
+It chooses a good layout for each operation, but not for the copies between two
+of them: operations that disagree about the layout of a tensor aren't fused. A
+function that lays out returns the values that it is given.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def heads_first(x: Any) -> Any:
-    """Image by image, head by head, places last.
+    """Lays heads out image by image, head by head, places last.
 
-    The compiler makes one pass of attention's two products only with the batch
-    outside. Left alone, it may take the heads outside.
+    The compiler fuses the two products of attention only if the batch is the
+    outermost axis. Left alone, it may choose the heads for that.
 
     Args:
         x: `(batch, places, heads, channels)`.
@@ -27,11 +27,11 @@ def heads_first(x: Any) -> Any:
 
 
 def places_first(maps: Any) -> Any:
-    """Place by place, and of each place image by image.
+    """Lays feature maps out place by place, all images of a place together.
 
-    Convolutions are computed so. Other layers, left alone, keep images
-    outside: then normalisations and activations, which would be part of the
-    convolutions, read and write all maps by themselves.
+    Convolutions take and leave this layout. Other layers, left alone, keep
+    images outermost; then normalisations and activations are not fused into the
+    convolutions, and read and write all maps by themselves.
 
     Args:
         maps: `(batch, height, width, channels)`.
@@ -40,11 +40,11 @@ def places_first(maps: Any) -> Any:
 
 
 def unpooled(maps: Any) -> Any:
-    """What is at each place four times, in a square.
+    """Nearest-neighbour upsampling by two, as a transposed convolution.
 
-    Repeated along the width, pairs of places would be padded to whole tiles of
-    memory. A convolution by one leaves maps as others do, and what is added to
-    them is added on the way.
+    A repetition along the width would pad each pair of places to a whole tile
+    of memory. A convolution by ones leaves maps in the layout of the other
+    convolutions, and an addition that follows is fused into it.
 
     Args:
         maps: `(batch, height, width, channels)`.
@@ -59,5 +59,5 @@ def unpooled(maps: Any) -> Any:
         strides=(2, 2),
         padding="VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision="highest",  # or float32 would be rounded
+        precision="highest",  # because float32 would be rounded else
     )
