@@ -19,7 +19,7 @@ from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
 
 SUFFIX = ".weights.h5"
-#: What the best weights say of themselves, within the file.
+#: The attribute of a file of best weights that holds their evaluation.
 MARK = "keras_mscm.EvaluateSamples"
 #: Names that an evaluation or an epoch's logs hold already.
 TAKEN = ("iteration", "loss", "val_loss")
@@ -28,9 +28,10 @@ SLACK = 8192
 
 
 class EvaluateSamples(SamplingCallback):
-    """Evaluates samples every n iterations, and keeps the best weights.
+    """For the weights with the best samples, which the loss doesn't tell.
 
-    The samples are drawn from always the same noise with the moving average of
+    It evaluates samples every n iterations, and keeps the best weights. The
+    samples are drawn from always the same noise with the moving average of
     the weights, as `generate` does. An epoch's logs hold the latest numbers
     under the metrics' names, for `History`, the progress bar and callbacks that
     come after this one; `history` holds each evaluation in full.
@@ -170,7 +171,8 @@ class EvaluateSamples(SamplingCallback):
                 what = "an earlier training's best number"
                 raise own_files.foreign("best_weights", self._record, what)
         if own_files.is_there(path):
-            # Which the record is behind, if the process was killed in between.
+            # The weights' own mark goes first, because the record is older if
+            # the process was killed between the two writes.
             record = _parsed(_mark_of(path)) or record
             if record is None or not path.is_file():
                 what = "an earlier training's best weights"
@@ -238,8 +240,9 @@ class EvaluateSamples(SamplingCallback):
             with h5py.File(file, "a") as opened:
                 opened.attrs[MARK] = json.dumps(evaluation)
 
-        # The weights first: a record without its weights would be a lie, while
-        # weights better than the record are at worst replaced too easily.
+        # The weights are written first, because a record without its weights
+        # would be a lie, while weights better than the record are at worst
+        # replaced too easily.
         write_atomically(path, write, SUFFIX)
         text = json.dumps(evaluation, indent=2) + "\n"
         write_atomically(

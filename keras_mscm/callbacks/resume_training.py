@@ -22,7 +22,7 @@ KEPT = 2
 
 
 class ResumeTraining(keras.callbacks.Callback):
-    """Saves training as it goes, and resumes it when it is started again.
+    """For training that may be interrupted: saves it, and resumes it.
 
     Run the same script again, with the same arguments, after whatever has ended
     it: training goes on after the last save, and its weights are, bit for bit
@@ -124,11 +124,11 @@ class ResumeTraining(keras.callbacks.Callback):
         try:
             with self._sigterm_noted():
                 yield
-            if self._terminated:  # after the last save
+            if self._terminated:  # which came after the last save
                 raise SystemExit(0)
         finally:
             self._data = None
-            # Keras would begin the next `fit` there, too.
+            # Keras would begin the next `fit` there too, so it is reset.
             model._initial_epoch = None
             if self._train_function is not None:
                 model.train_function = self._train_function
@@ -138,7 +138,7 @@ class ResumeTraining(keras.callbacks.Callback):
     @contextlib.contextmanager
     def _sigterm_noted(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread only
+            yield  # because Python hands signals to the main thread only
             return
         previous = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
 
@@ -152,8 +152,8 @@ class ResumeTraining(keras.callbacks.Callback):
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    # What Keras calls. Batches are counted as they begin: if a callback waited
-    # for their end, Keras would wait for each one's loss.
+    # Keras calls these. Batches are counted as they begin, because Keras would
+    # wait for the loss of each batch if a callback asked for their ends.
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Restores the latest save."""
@@ -199,7 +199,7 @@ class ResumeTraining(keras.callbacks.Callback):
         if position is None or not position["batch"]:
             self._random_of_epoch = backend.host_random_states()
             return
-        # Of these Keras draws the epoch's order.
+        # They are set, because Keras draws the epoch's order from them.
         self._random_of_epoch = position["random_of_epoch"]
         backend.set_host_random_states(self._random_of_epoch)
         self._random_after = position["random"]
@@ -223,7 +223,7 @@ class ResumeTraining(keras.callbacks.Callback):
         """Saves the batches before this one, if it is time to."""
         self._batch = batch
         if batch < self._passed_over:
-            if self._terminated:  # there is nothing new to save
+            if self._terminated:  # because there is nothing new to save
                 raise SystemExit(0)
         elif batch:
             self._train_again()
@@ -236,7 +236,7 @@ class ResumeTraining(keras.callbacks.Callback):
         self._train_again()
         steps = self.params.get("steps") or math.inf
         if self.model.stop_training and self._batch < steps:
-            # It was stopped at a batch, and can go on after it.
+            # The epoch isn't over, because training was stopped at a batch.
             self._save(self._position(epoch, self._batch))
             return
         self._batches_before += self._batch

@@ -27,7 +27,7 @@ NAMES = r"\d{8,}\.keras"
 POSITION = "position.json"
 COUNTS = ("epoch", "batch", "batches_before", "data_epoch")
 NEEDED = (*COUNTS, "teacher", "metrics", "random", "random_of_epoch")
-#: What a network's output means, beside its weights.
+#: Arguments that say what the output of a network means.
 MEANING = (
     "image_shape",
     "num_classes",
@@ -45,7 +45,7 @@ def named_like_saves(folder: Path) -> list[Path]:
         for path in (folder.iterdir() if folder.is_dir() else ())
         if re.fullmatch(NAMES, path.name, re.ASCII)
     ]
-    # Of two of one iteration that of more zeros was written later.
+    # Of two saves of one iteration, the one with more zeros was written later.
     return sorted(found, key=lambda path: (int(path.stem), len(path.stem)))
 
 
@@ -230,7 +230,8 @@ def load(path: Path, model: DenoisingModel) -> None:
     """
     try:
         with warnings.catch_warnings():
-            # Keras leaves what it skips as it was, such as an optimizer.
+            # A warning is an error here, because Keras leaves what it skips,
+            # such as an optimizer, as it was.
             warnings.filterwarnings("error", message="Skipping")
             model.load_weights(path)
     except (KeyError, ValueError, UserWarning) as error:

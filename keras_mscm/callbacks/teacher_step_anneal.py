@@ -15,8 +15,9 @@ Annealing = tuple[float, float, int]
 
 
 class TeacherStepAnneal(keras.callbacks.Callback):
-    """Grows the number of teacher steps during training (appendix A.1).
+    """For nearly every training of a `MultistepConsistencyModel`.
 
+    It grows the number of teacher steps during training (appendix A.1):
     `N_teacher(i)` goes log-linearly from `start` to `end` over `iterations`
     optimizer updates: with few steps what is learnt near the end of a segment
     travels through it quickly, with many the teacher's path is exact.
@@ -135,7 +136,7 @@ class TeacherStepAnneal(keras.callbacks.Callback):
         steps = self.params.get("steps")
         if not steps:
             return None
-        # The optimizer may be within one that scales the loss.
+        # It is unwrapped, because one that scales the loss may be around it.
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         batches = optimizer.gradient_accumulation_steps or 1
         done, before = (
@@ -202,7 +203,7 @@ class TeacherStepAnneal(keras.callbacks.Callback):
 
 def _is_resumed(model: Any, epoch: int) -> bool:
     """Whether `fit` goes on with a run that it was in before."""
-    # Callbacks that restore a model say so there, as Keras' own does.
+    # Callbacks that restore a model set `_initial_epoch`, as Keras' own does.
     return epoch > 0 or model._initial_epoch is not None
 
 

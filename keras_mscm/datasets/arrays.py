@@ -100,7 +100,7 @@ def _as_images(images: Any, nonnegative: bool) -> np.ndarray:
     hint = ""
     if images.ndim == 4:
         _, first, second, last = images.shape
-        # Of as many rows as columns, they may be latents of many channels.
+        # Squares are let through, because they may be latents of many channels.
         if first in (1, 3, 4) and last not in range(1, 5) and first != second:
             hint = (
                 " Move the channels last: `np.moveaxis(images, 1, -1)`, since "

@@ -117,7 +117,8 @@ def emoji(
     for entry in entries:
         text = entry[0]
         single = len(text.replace("\N{VARIATION SELECTOR-16}", "")) == 1
-        # A missing one has no height; a sequence that doesn't join is wide.
+        # The box is compared, because a picture that the font lacks has no
+        # height, and a sequence that doesn't join is wide.
         if not (single or sequences) or drawn.getbbox(text) != cell:
             continue
         picture = Image.new("RGB", (width, width), colour)
@@ -150,12 +151,12 @@ def _colour(background: Any) -> tuple[int, ...]:
             colour = ImageColor.getrgb(check_string("background", background))
         else:
             colour = check_sequence("background", background, "a colour")
-        # A fourth number would be how transparent it is, for which is no use.
+        # A fourth number is refused, because it would be an opacity.
         if len(colour) == 3:
             return tuple(
                 check_integer("background", number, 0, 255) for number in colour
             )
-    except ValueError:  # as Pillow says of names
+    except ValueError:  # which Pillow raises for names that it doesn't know
         pass
     allowed = "the name of a colour, or (red, green, blue), integers 0..255"
     raise invalid("background", allowed, background)

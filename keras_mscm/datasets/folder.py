@@ -22,8 +22,9 @@ from keras_mscm.datasets.resizing import center_square, check_image_size, pillow
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
 
-# What systems put beside a user's files, besides names that begin with a dot:
-# macOS' archives, Synology's thumbnails, the bins of Windows and Linux.
+# Names that systems put beside a user's files: macOS' archives, Synology's
+# thumbnails, the bins of Windows and Linux. Names that begin with a dot are
+# left out too.
 SYSTEM_NAMES = {
     "$RECYCLE.BIN",
     "@eaDir",
@@ -105,7 +106,7 @@ def from_folder(
     workers = check_positive_integer("workers", workers)
     if check_integer("channels", channels, 1) not in (1, 3):
         raise invalid("channels", "1 (grey) or 3 (RGB)", channels)
-    pillow()  # if it is missing, say so now
+    pillow()  # because a missing Pillow is to be reported now
     if check_boolean("labels", labels):
         classes = _classes(directory, class_names)
         class_names = list(classes)
@@ -233,7 +234,7 @@ def _load(path: Path, image_size: int, channels: int) -> np.ndarray:
     Image = pillow()
     try:
         return center_square(_pixels(path, channels), image_size)
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # because Pillow raises many kinds
         reason = str(error).rstrip(".") or type(error).__name__
         bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
         if isinstance(error, bombs):
@@ -249,8 +250,9 @@ def _pixels(path: Path, channels: int) -> np.ndarray:
     from PIL import ImageOps
 
     with Image.open(path) as file:
-        # Pillow clips I and F to 0..255, and of 16 bits per channel drops 8;
-        # how a file's bits lie it says in `tile`. BMP's 16 are per pixel.
+        # Such files are refused, because Pillow clips its modes I and F to
+        # 0..255, and drops 8 of 16 bits per channel. Its `tile` says how the
+        # bits lie. BMP is let through, because its 16 bits are per pixel.
         wide = file.format != "BMP" and ";16" in str(getattr(file, "tile", ""))
         if wide or file.mode.startswith(("I", "F")):
             raise ValueError(

@@ -23,9 +23,10 @@ from keras_mscm.checks import (
 
 
 class ImageBatches(keras.utils.PyDataset):
-    """A `PyDataset` of images in [-1, 1], and labels if there are any.
+    """The data set for images that a function of your own reads.
 
-    Batch i of an epoch depends on the seed, the epoch and i only, so it doesn't
+    It is a `PyDataset` of images in [-1, 1], and labels if there are any. Batch
+    i of an epoch depends on the seed, the epoch and i only, so it doesn't
     matter who asks for it, how often or in which order.
 
     Of an endless data set (`repeat`) `fit` takes batch 0, 1, 2, ... With a
@@ -112,8 +113,8 @@ class ImageBatches(keras.utils.PyDataset):
         class_names: list[str] | None = None,
         shard: tuple[int, int] | None = None,
     ):
-        # Keras' own workers are not offered: what they have read before `fit`
-        # begins is handed out again in the first epoch.
+        # Keras' own workers are not offered, because what they have read before
+        # `fit` begins is handed out again in the first epoch.
         super().__init__()
         self.read = check_function(
             "read", read, "a function of an array of indices"
@@ -189,7 +190,8 @@ class ImageBatches(keras.utils.PyDataset):
         )
         images = as_floats(self._checked(self.read(chosen), len(chosen)))
         if self.flip:
-            # From 1: with a 0 at its end it would be the seed of the order.
+            # Numbers start at 1, because NumPy pads seeds with zeros: one that
+            # ends in 0 would be the seed of the epoch's order.
             part, parts = self.shard
             number = 1 + part + parts * index
             rng = np.random.default_rng([self.seed, self.epoch, number])
@@ -209,7 +211,7 @@ class ImageBatches(keras.utils.PyDataset):
         good = good and (images.dtype == np.uint8 or is_float(images))
         if good and is_float(images):
             low, high = images.min(), images.max()
-            good = low >= -1 and high <= 1  # not so of NaN
+            good = low >= -1 and high <= 1  # which NaN fails too
             wrong += f", from {low:g} to {high:g}"
         if good and self._image_shape not in (None, images.shape[1:]):
             allowed += f", of shape {self._image_shape} as those before"
@@ -223,8 +225,9 @@ class ImageBatches(keras.utils.PyDataset):
         part, parts = self.shard
         if not self.shuffle:
             return np.arange(part, self.shard_size * parts, parts)
-        # Kept, since a million images take longer to shuffle than a batch to
-        # read; in one assignment, since threads may ask for batches.
+        # The order is kept, because shuffling a million images takes longer
+        # than reading a batch. It is one assignment, because several threads
+        # may ask for batches.
         if self._last_order is None or self._last_order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(self.num_images)
@@ -266,7 +269,7 @@ def as_shard(name: str, shard: Any) -> tuple[int, int]:
         raise invalid(name, allowed, shard) from None
 
 
-#: What loaders hand on to `ImageBatches`, and the checks of it.
+#: Arguments that loaders hand on to `ImageBatches`, and their checks.
 OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "batch_size": check_positive_integer,
     "shuffle": check_boolean,

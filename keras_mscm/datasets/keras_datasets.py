@@ -58,7 +58,7 @@ def from_keras(
         check_image_size("image_size", kwargs["image_size"])
     if name == "fashion_mnist":
         for path in sorted(FASHION_MNIST.glob("*.gz")):
-            # Copies what isn't in the cache yet.
+            # This copies only what isn't in the cache yet.
             keras.utils.get_file(
                 path.name,
                 origin=path.as_uri(),
@@ -66,5 +66,5 @@ def from_keras(
             )
     train, test = getattr(keras.datasets, name).load_data()
     images, labels = train if split == "train" else test
-    # Those of CIFAR are a column.
+    # The labels are flattened, because those of CIFAR are a column.
     return from_arrays(images, labels.ravel(), batch_size=batch_size, **kwargs)

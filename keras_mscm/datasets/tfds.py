@@ -21,7 +21,7 @@ from keras_mscm.checks import (
 from keras_mscm.datasets.image_batches import as_shard
 from keras_mscm.datasets.resizing import center_square, check_image_size, pillow
 
-# What is set here, and by which argument.
+# Arguments of TFDS that are set here, and the ones here that say so.
 OURS = {
     "as_supervised": "image_key",
     "batch_size": "batch_size",
@@ -125,7 +125,7 @@ def from_tfds(
             raise invalid("cache", allowed, cache) from None
     if image_size is not None:
         image_size = check_image_size("image_size", image_size)
-        pillow()  # if it is missing, say so now
+        pillow()  # because a missing Pillow is to be reported now
     shard = as_shard("shard", shard)
     if shard[1] > 1:
         _check_not_shared_out(shard)
@@ -162,20 +162,20 @@ def from_tfds(
     dataset = dataset.map(example, tf.data.AUTOTUNE)
     if cache:
         dataset = dataset.cache(cache if isinstance(cache, str) else "")
-        # Because a file may hold images of another size.
+        # The shape is set again, because a cache may hold another size.
         dataset = dataset.map(in_shape)
     if shuffle:
         dataset = dataset.shuffle(shuffle_buffer, seed)
     if repeat:
         dataset = dataset.repeat()
     if flip:
-        # Numbers from a stream: drawn in parallel, they would not be the same
-        # ones for a seed.
+        # The numbers come from a stream, because numbers that are drawn in the
+        # parallel `map` would differ from run to run.
         numbers = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
         dataset = tf.data.Dataset.zip(dataset, numbers)
         dataset = dataset.map(mirror, tf.data.AUTOTUNE)
     dataset = dataset.batch(batch_size, drop_remainder)
-    if shard[1] > 1:  # TensorFlow's workers are not to take a part of the part
+    if shard[1] > 1:  # because TensorFlow's workers would shard the part again
         options = tf.data.Options()
         off = tf.data.experimental.AutoShardPolicy.OFF
         options.experimental_distribute.auto_shard_policy = off
@@ -211,8 +211,8 @@ def _dataset(
         read_config = read_config.replace(shuffle_seed=seed)
     files = tfds.core.dataset_builder.FileReaderBuilder
     if builder and not isinstance(name, files):
-        # Because these mix files by a seed that one can't set, and only once
-        # where they keep them in memory.
+        # Files are not shuffled, because these builders do it by a seed that
+        # can't be set, and only once where they keep the files in memory.
         shuffle = False
         if shard[1] > 1:
             raise ValueError(
@@ -233,7 +233,7 @@ def _dataset(
         if builder:
             return name.as_dataset(**options)
         return tfds.load(name, **options)
-    except AssertionError as error:  # TFDS' word for it
+    except AssertionError as error:  # which TFDS raises if it isn't prepared
         raise ValueError(
             "`name` must be of a data set that is prepared: call its builder's "
             "`download_and_prepare()`, or give a name and download=True. "
@@ -299,8 +299,9 @@ def _tensorflow() -> tuple[Any, Any]:
             'them: pip install "keras-mscm[tfds,tensorflow]"'
         ) from error
     if keras.backend.backend() != "tensorflow":
-        # It would take all of a GPU's memory, only to read files. If it runs
-        # already (the error), it has what it has.
+        # GPUs are hidden from TensorFlow, because it would take all of their
+        # memory only to read files. The error, that it runs already, is passed
+        # over because nothing can be changed then.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], "GPU")
     return tf, tfds
@@ -316,7 +317,7 @@ def _image_shape(
             f"Received: {keys}; it has {list(spec)}"
         )
     image = spec[keys[0]]
-    # Not each has a type and a shape: a feature may be made of others.
+    # It may have no shape, because a feature may be made of others.
     rank = getattr(getattr(image, "shape", None), "rank", None)
     good = rank == 3 and image.dtype.name == "uint8"
     if not good or image.shape[2] not in (1, 3):

@@ -11,9 +11,10 @@ from keras_mscm.metrics.reference import Reference
 
 
 class FeatureMetric(keras.metrics.Metric):
-    """A metric of samples against a reference, streaming over batches.
+    """The base for a metric of your own that compares samples with real images.
 
-    A subclass says what to keep of features, and what they come to.
+    It streams over batches of samples. A subclass says what to keep of their
+    features, and what number they come to.
 
     Args:
         reference: The real images.
@@ -69,7 +70,7 @@ class FeatureMetric(keras.metrics.Metric):
         if array is None:
             allowed = "numbers of shape (batch, features)"
             raise checks.invalid("features", allowed, features)
-        # A copy, unless nobody can write to it.
+        # An array that can be written to is copied, because its owner may.
         if getattr(getattr(features, "flags", None), "writeable", True):
             array = np.array(array)
         features = array
@@ -120,7 +121,7 @@ class FeatureMetric(keras.metrics.Metric):
 
 
 class StoredFeatureMetric(FeatureMetric):
-    """A metric that needs the features of every sample and reference image.
+    """The base for a metric that needs the features of every single image.
 
     The arguments are those of `FeatureMetric`.
     """

@@ -64,7 +64,7 @@ def classifier_features(
     """
     epochs = checks.check_positive_integer("epochs", epochs)
     batch_size = checks.check_positive_integer("batch_size", batch_size)
-    # Keras takes no integer for it.
+    # An integer becomes a float, because Keras takes no integer for it.
     rate = float(checks.check_positive_number("learning_rate", learning_rate))
     seed = checks.check_integer("seed", seed, 0, checks.SEED_END - 1)
     checks.check_string("name", name)
@@ -112,7 +112,7 @@ def classifier_features(
         keras.optimizers.Adam(rate),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    # An order of our own: Keras' depends on global seeds.
+    # The order is drawn here, because Keras' depends on global seeds.
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
         order = rng.permutation(len(images))

@@ -12,16 +12,16 @@ from keras import ops
 from keras_mscm import backend, checks
 from keras_mscm.functional.process import Tensor
 
-# Beyond it float32 would keep nothing of images in [0, 1].
+# Larger means are refused, because float32 would then lose the images.
 LARGEST = 2**24
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos3", "lanczos5", "nearest")
 
 
 class FeatureExtractor:
-    """A function of images, with a description that stays beside its numbers.
+    """For metrics in features of your own: a function of images, and its name.
 
-    Of a batch that it has just seen the features are still known, so that
-    several metrics on the same samples cost one evaluation of the network.
+    The name stays beside the metrics' numbers. The features of the last batch
+    are kept, so several metrics on the same samples cost one evaluation.
 
     Args:
         function: Function of images, float32 arrays `(batch, height, width,
@@ -88,7 +88,7 @@ class FeatureExtractor:
         size = min(self.batch_size, num)
         batches = []
         for begin in range(0, num, size):
-            # Wrap around, so that all batches are of one compiled shape.
+            # Indices wrap around, so that all batches have one compiled shape.
             places = np.arange(begin, begin + size) % num
             output = self.function(images[places])
             features = as_numbers(output)
@@ -109,7 +109,7 @@ class FeatureExtractor:
                 f"finite features. Received: {bad} of {features.size} that "
                 "are not"
             )
-        # Metrics keep it; nobody may write to it.
+        # It is read-only, because metrics keep it without a copy.
         features.flags.writeable = False
         return features
 
@@ -135,7 +135,7 @@ def as_numbers(values: Any) -> np.ndarray | None:
         array = values if plain else ops.convert_to_numpy(values)
     except Exception:  # because each backend raises what it likes
         return None
-    # NumPy knows no kind of bfloat16.
+    # The name is asked for too, because NumPy has no kind for bfloat16.
     known = array.dtype.kind in "biuf" or "float" in array.dtype.name
     return array if known else None
 
@@ -222,7 +222,7 @@ def keras_features(
             f"{len(inputs)} inputs, {[x.name for x in inputs]}"
         )
     shape = tuple(inputs[0].shape) if inputs else (None,) * 4
-    # KerasHub's take a dictionary.
+    # Images go into a dictionary if the model takes one, as KerasHub's do.
     structure = getattr(model, "input", None) if inputs else None
     keys = [*structure] if isinstance(structure, dict) else []
     if len(shape) != 4:
@@ -337,7 +337,7 @@ def _weights_file(weights: Any) -> str:
         path = checks.check_path("weights", weights)
     except (TypeError, ValueError):
         raise checks.invalid("weights", allowed, weights) from None
-    # Of what isn't on this machine, as gs://, Keras knows more.
+    # Addresses such as gs:// are left to Keras, because it can open them.
     if "://" not in os.fspath(weights) and not path.is_file():
         raise checks.invalid("weights", allowed, weights)
     return os.fspath(weights)

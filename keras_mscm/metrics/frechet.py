@@ -10,17 +10,19 @@ from keras_mscm.metrics.extractors import as_numbers
 from keras_mscm.metrics.moments import Moments
 from keras_mscm.metrics.reference import Reference
 
-# What float32 may add to eigenvalues, to those of thousands of features too.
+# The relative error that float32 may leave in eigenvalues, even in those of
+# thousands of features.
 ROUNDING = 1e-5
 
 
 class FrechetDistance(FeatureMetric):
-    """Fréchet distance of samples to a reference; FID, with Inception features.
+    """The measure to report for tens of thousands of samples, as FID is.
 
-    Keeps mean and covariance of the samples' features, in float64. It falls
-    with the number of samples (Chong & Forsyth, 2020): compare only numbers of
-    equally many. Of fewer samples than features the covariance is singular,
-    which is no problem here, but the bias is large.
+    It is the Fréchet distance of samples to a reference, which is an FID with
+    Inception features, from mean and covariance of the features in float64. It
+    falls with the number of samples (Chong & Forsyth, 2020), so compare only
+    numbers of equally many. With fewer samples than features the covariance is
+    singular, which is no problem here, but the bias is large.
 
     Args:
         reference: The real images.
@@ -131,7 +133,7 @@ def frechet_distance(
     cross = scipy_linalg.svdvals(root_1.T @ root_2).sum()
     step = means[0] - means[1]
     distance = step @ step + sum(np.trace(c) for c in covariances) - 2 * cross
-    # Never negative but by rounding.
+    # The bound is there because rounding may leave it below 0.
     return max(float(distance), 0.0)
 
 
@@ -154,7 +156,7 @@ def _root(scipy_linalg: Any, name: str, covariance: np.ndarray) -> np.ndarray:
             f"{values[-1]:g}; the transposed matrix differs by up to "
             f"{asymmetry:g}"
         )
-    # What rounding leaves of an eigenvalue of 0.
+    # Smaller ones are dropped, because rounding makes them of zeros.
     smallest = values[-1] * len(values) * np.finfo("float64").eps
     kept = values > max(smallest, 0.0)
     kept[-1] = True

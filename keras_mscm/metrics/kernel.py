@@ -10,12 +10,13 @@ from keras_mscm.metrics.reference import Reference
 
 
 class KernelDistance(StoredFeatureMetric):
-    """Kernel distance of samples to a reference; KID, with Inception features.
+    """The measure for few samples, because it has no bias; as KID is.
 
-    The unbiased estimate of the squared maximum mean discrepancy with the
-    kernel `(x . y / d + 1)^3`, over random subsets, of which mean and standard
-    deviation are given. Unbiased, so it may be a little below 0, and its
-    expectation does not depend on the number of samples.
+    It is the kernel distance of samples to a reference, which is a KID with
+    Inception features: the unbiased estimate of the squared maximum mean
+    discrepancy with the kernel `(x . y / d + 1)^3`, over random subsets, of
+    which mean and standard deviation are given. It may be a little below 0, and
+    its expectation does not depend on the number of samples.
 
     Args:
         reference: The real images, with their features kept.

@@ -9,7 +9,7 @@ from keras_mscm import checks
 from keras_mscm.metrics.base import StoredFeatureMetric
 from keras_mscm.metrics.reference import Reference
 
-# Vectors at a time: 2048 x 50,000 distances are 0.8 GB.
+# Vectors per chunk, because 2048 x 50,000 distances take 0.8 GB already.
 CHUNK = 2048
 
 
@@ -52,10 +52,10 @@ class _Coverage(StoredFeatureMetric):
 
 
 class ImprovedPrecision(_Coverage):
-    """Which part of the samples lies among the reference: their fidelity.
+    """For how real samples look: the part of them among the reference.
 
-    Among: no farther from some reference image, in features, than that one's
-    k-th nearest neighbour in the reference.
+    A sample is among it if it is no farther from some reference image, in
+    features, than that one's k-th nearest neighbour in the reference.
 
     Args:
         reference: The real images, with their features kept.
@@ -86,11 +86,11 @@ class ImprovedPrecision(_Coverage):
 
 
 class ImprovedRecall(_Coverage):
-    """Which part of the reference lies among the samples: their diversity.
+    """For how diverse samples are: the part of the reference among them.
 
-    `ImprovedPrecision` with the sets exchanged, and of the same arguments. It
-    grows with the number of samples: take as many as there are in the
-    reference (the paper: 50,000 of each).
+    It is `ImprovedPrecision` with the sets exchanged, and of the same
+    arguments. It grows with the number of samples: take as many as there are in
+    the reference (the paper: 50,000 of each).
 
     Args:
         reference: The real images, with their features kept.
@@ -120,7 +120,7 @@ class ImprovedRecall(_Coverage):
 
 def coverage(x: np.ndarray, y: np.ndarray, neighbours: int) -> float:
     """Part of x within a ball around some y, to its k-th neighbour in y."""
-    # Each vector is its own nearest neighbour, at 0.
+    # The k-th neighbour is at index k, because each vector is its own, at 0.
     radii = np.concatenate(
         [
             np.partition(distances, neighbours, axis=1)[:, neighbours]
@@ -141,6 +141,7 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[np.ndarray]:
         part = x[begin : begin + CHUNK]
         squares = np.square(part).sum(axis=1)[:, None] + y_squares
         distances = squares - 2.0 * (part @ y.T)
-        # Equal vectors are at 0, whatever rounding says: radii can be 0.
+        # Rounding errors become 0, because equal vectors must lie within a
+        # radius of 0.
         distances[distances < 1e-12 * squares] = 0.0
         yield distances

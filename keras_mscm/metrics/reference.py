@@ -21,7 +21,9 @@ ARRAYS = "mean", "covariance", "features", "image_shape"
 
 
 class Reference:
-    """Features of a data set and their statistics, made once for all metrics.
+    """The real images that metrics compare samples with; make it once for all.
+
+    It holds the images' features and their statistics.
 
     Args:
         images: `(num, height, width, channels)`, floats in [-1, 1], at least
@@ -83,7 +85,7 @@ class Reference:
                 check("images", batch)
             shape = batch.shape[1:]
             digest.update(batch.data)
-            # In pieces, as the features of a whole data set needn't fit.
+            # Batches are cut, because a whole array's features may not fit.
             step = self.extractor.batch_size
             for begin in range(0, len(batch), step):
                 features = self.extractor(batch[begin : begin + step])
@@ -262,7 +264,7 @@ def _check_target(path: Any) -> Path:
     """Where to save; a link leads to it and stays one."""
     path = Path(os.path.realpath(checks.check_path("path", path)))
     if path.is_file():
-        _read(path, ())  # it says what it is
+        _read(path, ())  # because it raises if that is no reference
     elif path.exists():
         raise ValueError(f"`path` must be a file, or new. Received: {path}")
     return path
