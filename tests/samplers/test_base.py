@@ -7,6 +7,7 @@ from keras import ops
 from scipy import stats
 
 from keras_mscm import backend, samplers
+from keras_mscm.schedules import NoiseSchedule
 from tests.samplers.problems import (
     MANY,
     MEAN,
@@ -122,6 +123,113 @@ def test_a_sampler_survives_serialisation(sampler):
     loaded = keras.saving.deserialize_keras_object(stored)
     assert type(loaded) is type(sampler)
     assert loaded == sampler
+
+
+# Sampling may start anywhere in time.
+
+
+class Rest(NoiseSchedule):
+    """What a schedule has from `start` on, as a schedule of its own."""
+
+    def __init__(self, schedule, start):
+        self.schedule, self.start = schedule, start
+
+    def __call__(self, t):
+        return self.schedule(self.start * t)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.5, 0.3])
+@every_sampler
+def test_steps_from_a_start_divide_what_is_left_of_time(sampler, start):
+    schedule, noise = SCHEDULES["karras"], ops.convert_to_tensor(NOISE)
+    got = sampler(denoise_mixture, noise, schedule, 3, 1, start=start)
+    rest = Rest(schedule, start)
+    expected = sampler(denoise_mixture, noise, rest, 3, 1)
+    got, expected = map(ops.convert_to_numpy, (got, expected))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_sampler
+def test_a_start_may_be_a_tensor(sampler):
+    traces = []
+
+    def generate(noise, num_steps, seed, start):
+        traces.append(start)
+        schedule = SCHEDULES["karras"]
+        return sampler(denoise_mixture, noise, schedule, num_steps, seed, start)
+
+    run = backend.compile_inference(generate, [])
+    state = backend.random_state(1)
+    for steps, start in ((2, 0.7), (4, 0.7), (4, 0.2)):
+        got = run(NOISE, np.int32(steps), state, np.float32(start))
+        expected = sampler(
+            denoise_mixture,
+            NOISE,
+            Rest(SCHEDULES["karras"], start),
+            steps,
+            ops.convert_to_tensor(state),
+        )
+        got, expected = map(ops.convert_to_numpy, (got, expected))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert len(traces) == (3 if backend.NAME == "torch" else 1)
+
+
+@pytest.mark.parametrize("start", [0, -0.1, 1.1, np.nan, "noise", None, True])
+def test_a_start_is_a_time_after_the_end(start):
+    with pytest.raises(ValueError, match="`start` must be a number in"):
+        samplers.DDIM()(
+            denoise_mixture, NOISE, SCHEDULES["cosine"], 2, start=start
+        )
+
+
+@pytest.mark.parametrize("start", [1.0, 0.6])
+def test_a_noisy_image_leads_to_one_that_may_have_been_it(start):
+    """What comes of noisy data at any time are samples of the data."""
+    rng = np.random.default_rng(3)
+    modes = rng.choice(2, len(MANY), p=WEIGHTS)
+    x = MEANS[modes] + VARIANCES[modes, None] ** 0.5 * rng.standard_normal(
+        MANY.shape
+    )
+    schedule = SCHEDULES["karras"]
+    alpha, sigma = rates(float(schedule(np.float32(start))))
+    noisy = (alpha * x + sigma * MANY).astype("float32")
+    sampler = samplers.DPMSolverMultistep()
+    got = sampler(denoise_mixture, noisy, schedule, 48, start=start)
+    error, excess, distance = off_the_law(ops.convert_to_numpy(got))
+    assert error < 4
+    assert abs(excess) < 0.05
+    assert distance < 1.95 / len(MANY) ** 0.5
+
+
+# A step may remember those before.
+
+
+class Memory(samplers.Sampler):
+    """Ends at the mean of all predictions, evaluating as often as it likes."""
+
+    def init(self, z, num_steps):
+        return {"sum": ops.zeros_like(z), "steps": (ops.zeros((), "int32"),)}
+
+    def advance(self, z_t, state, logsnr_t, logsnr_s, denoise, seed):
+        early, late = denoise(z_t, logsnr_t), denoise(z_t, logsnr_s)
+        total = state["sum"] + (early + late) / 2
+        steps = state["steps"][0] + 1
+        mean = total / ops.cast(steps, "float32")
+        return mean, {"sum": total, "steps": (steps,)}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_sampler_of_ones_own_may_carry_state(num_steps):
+    def denoise(z, logsnr):
+        return ops.ones_like(z) * logsnr[:, None]
+
+    schedule = SCHEDULES["cosine"]
+    levels = ops.convert_to_numpy(
+        schedule(np.arange(num_steps + 1, dtype="float32") / num_steps)
+    )
+    expected = np.mean((levels[1:] + levels[:-1]) / 2)
+    got = sample(Memory(), num_steps, denoise=denoise)
+    np.testing.assert_allclose(got, np.full(NOISE.shape, expected), atol=1e-5)
 
 
 # One step is what the paper says.
