@@ -36,6 +36,26 @@ def karras(t, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return -2 * np.log((high + i * (low - high)) ** rho)
 
 
+def rectified_flow(t, shift=1.0, low=-20.0, high=20.0):
+    """Flow time t' = s t / (1 + (s - 1) t), of bounded log-SNR."""
+    t_0, t_1 = (1 / (1 + shift * np.exp(end / 2)) for end in (high, low))
+    # 1 - t, without the cancellation of a difference near t = 1.
+    left_1 = 1 / (1 + np.exp(-low / 2) / shift)
+    left = left_1 + (1 - t) * (t_1 - t_0)
+    t = t_0 + t * (t_1 - t_0)
+    return 2 * np.log(left / (shift * t))
+
+
+# Stable Diffusion's (CONVENTIONS.md), then a prediction without noise.
+BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+ALPHAS = np.cumprod(1 - BETAS)
+
+
+def discrete(t):
+    table = np.concatenate([[30], np.log(ALPHAS / (1 - ALPHAS))])
+    return np.interp(1000 * t, np.arange(1001), table)
+
+
 # Each schedule, its reference, and log-SNR at t = 0 and at t = 1.
 SCHEDULES = {
     "cosine": (schedules.CosineSchedule(), cosine, (15, -15)),
@@ -90,6 +110,23 @@ SCHEDULES = {
         lambda t: karras(t, 0.01, 50.0, 1.0),
         (-2 * np.log(0.01), -2 * np.log(50)),
     ),
+    "rectified flow": (
+        schedules.RectifiedFlowSchedule(),
+        rectified_flow,
+        (20, -20),
+    ),
+    "rectified flow shifted": (
+        schedules.RectifiedFlowSchedule(
+            shift=3.0, logsnr_min=-25, logsnr_max=16
+        ),
+        lambda t: rectified_flow(t, 3.0, -25, 16),
+        (16, -25),
+    ),
+    "discrete": (
+        schedules.DiscreteSchedule.of_steps(ALPHAS),
+        discrete,
+        (30, np.log(ALPHAS[-1] / (1 - ALPHAS[-1]))),
+    ),
 }
 every_schedule = pytest.mark.parametrize(
     ("schedule", "reference", "ends"), SCHEDULES.values(), ids=SCHEDULES
@@ -101,8 +138,10 @@ def test_schedule_is_its_reference(schedule, reference, ends):
     got = ops.convert_to_numpy(schedule(TIMES))
     assert got.dtype == "float32"
     expected = reference(TIMES.astype("float64"))
-    # One part in a million of an angle, or of sigma, is 2e-6 in log-SNR.
-    np.testing.assert_allclose(got, expected, atol=3e-6)
+    # One part in a million of an angle, or of sigma, is 2e-6 in log-SNR; and
+    # where a table falls by 23 within a thousandth, time itself has few digits.
+    slope = np.abs(np.gradient(expected, TIMES))
+    assert np.all(np.abs(got - expected) <= 3e-6 + 1.2e-7 * TIMES * slope)
 
 
 @every_schedule
@@ -223,6 +262,43 @@ def test_interpolation_meets_the_shifted_schedules_at_the_ends():
             for bad in ("sigma_min", "sigma_max", "rho")
         ],
         (
+            lambda: schedules.RectifiedFlowSchedule(shift=0),
+            "`shift` must be a positive number",
+        ),
+        (
+            lambda: schedules.RectifiedFlowSchedule(logsnr_min=20.0),
+            "`logsnr_min` must be below",
+        ),
+        (
+            lambda: schedules.RectifiedFlowSchedule(shift=2.0, logsnr_max=79),
+            r"`logsnr_max` must be in \[-80, 80\] before the shift.*=79",
+        ),
+        *[
+            (
+                lambda bad=bad: schedules.DiscreteSchedule(bad),
+                "`alphas_cumprod` must be 2 or more numbers in",
+            )
+            for bad in (None, 0.5, [0.5], [0.4, 0.5], [1.5, 0.5], ["a", "b"])
+        ],
+        (
+            lambda: schedules.DiscreteSchedule.of_steps(ALPHAS, 1001),
+            "`num_steps` must be an integer of at least 1 and at most 1000",
+        ),
+        (
+            lambda: schedules.DiscreteSchedule.of_steps(ALPHAS, spacing="even"),
+            "`spacing` must be one of",
+        ),
+        (
+            lambda: schedules.DiscreteSchedule.of_steps(
+                ALPHAS, 10, spacing="leading", offset=101
+            ),
+            "`offset` must be an integer of at least 0 and at most 100",
+        ),
+        (
+            lambda: schedules.DiscreteSchedule.of_steps(ALPHAS, 4, final=2),
+            r"`final` must be in \[0, 1\]",
+        ),
+        (
             lambda: schedules.KarrasSchedule(sigma_min=80.0),
             "`sigma_min` must be below",
         ),
@@ -267,6 +343,7 @@ NEEDED = {
         "noise_resolution_high": 64,
     },
     schedules.KarrasSchedule: {},
+    schedules.RectifiedFlowSchedule: {},
 }
 
 
@@ -287,6 +364,59 @@ def test_numbers_of_numpy_are_stored_as_plain_pythons():
     )
     kinds = {type(value) for value in schedule.get_config().values()}
     assert kinds == {int, float}
+
+
+def places(num_steps, **arguments):
+    """The steps of training that a schedule of so many steps visits."""
+    schedule = schedules.DiscreteSchedule.of_steps(
+        ALPHAS, num_steps, **arguments
+    )
+    times = np.arange(1, num_steps + 1, dtype="float32") / num_steps
+    got = ops.convert_to_numpy(schedule(times))
+    table = np.log(ALPHAS / (1 - ALPHAS))
+    steps = np.interp(got[::-1], table[::-1], np.arange(1000.0)[::-1])
+    np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
+    return [int(step) for step in steps[::-1].round()]
+
+
+def test_a_tables_steps_are_those_of_diffusers_and_keras_cv():
+    assert places(4, spacing="trailing") == [249, 499, 749, 999]
+    # np.round(np.arange(1000, 0, -1000 / 7)) - 1
+    assert places(7) == [142, 285, 428, 570, 713, 856, 999]
+    assert places(4, spacing="leading") == [0, 250, 500, 750]
+    assert places(3, spacing="leading", offset=1) == [1, 334, 667]
+    assert places(4, spacing="linspace") == [0, 333, 666, 999]
+    assert places(1) == [999]
+    # Of the whole table, every number that divides its length is trailing.
+    whole = schedules.DiscreteSchedule.of_steps(ALPHAS)
+    part = schedules.DiscreteSchedule.of_steps(ALPHAS, 50)
+    times = np.linspace(0, 1, 51).astype("float32")
+    np.testing.assert_allclose(whole(times), part(times), atol=1e-5)
+
+
+def test_a_tables_last_step_ends_where_it_is_told_to():
+    def last(**arguments):
+        made = schedules.DiscreteSchedule.of_steps(ALPHAS, 4, **arguments)
+        return float(made(0.0))
+
+    assert last() == 30
+    final = ALPHAS[0]
+    expected = np.log(final / (1 - final))
+    np.testing.assert_allclose(last(final=final), expected, rtol=1e-6)
+
+
+def test_a_tables_levels_of_no_signal_are_finite():
+    schedule = schedules.DiscreteSchedule([1.0, 0.5, 0.0])
+    np.testing.assert_array_equal(schedule([0.0, 0.5, 1.0]), [30, 0, -30])
+
+
+def test_rectified_flows_shift_is_a_shift_of_time():
+    t = np.linspace(0.001, 0.999, 500).astype("float32")
+    schedule = schedules.RectifiedFlowSchedule(
+        shift=3.0, logsnr_min=-30, logsnr_max=30
+    )
+    time = 1 / (1 + np.exp(ops.convert_to_numpy(schedule(t)) / 2))
+    np.testing.assert_allclose(time, 3 * t / (1 + 2 * t), atol=2e-6)
 
 
 BOUNDS = [-80, -79.95, -40, -1, 0.0, 0.11, 1, 40, 79.8, 80]
@@ -310,6 +440,15 @@ EXTREMES = [
         )
         for image, low, high, (logsnr_min, logsnr_max) in itertools.product(
             SIDES, SIDES, SIDES, [(-15, 15), (-80, 80), (-60, -50), (-0.1, 0.1)]
+        )
+    ),
+    *(
+        (
+            schedules.RectifiedFlowSchedule,
+            {"shift": shift, "logsnr_min": low, "logsnr_max": high},
+        )
+        for shift, (low, high) in itertools.product(
+            [1e-6, 0.1, 1, 3, 1e6], [(-15, 15), (-80, 80), (-52, -50), (9, 20)]
         )
     ),
     *(

@@ -1,4 +1,4 @@
-"""Noise schedules: time t in [0, 1] to log-SNR, falling from data to noise."""
+"""The cosine schedule, and its shifts for larger images."""
 
 import math
 from typing import Any
@@ -8,29 +8,12 @@ from keras import ops
 
 from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
-
-# A float32's exponential is finite and not 0 up to here.
-_LOGSNR_BOUND = 80
-# Below this, times of a fine grid would share a log-SNR in float32.
-_LEAST_FALL = 0.1
-
-
-def _bounds(logsnr_min: Any, logsnr_max: Any) -> tuple[float, float]:
-    """The two as numbers; raises unless the one is below the other."""
-    allowed = f"a number in [-{_LOGSNR_BOUND}, {_LOGSNR_BOUND}]"
-    low, high = (
-        checks.check_number(name, value, -_LOGSNR_BOUND, allowed, _LOGSNR_BOUND)
-        for name, value in (
-            ("logsnr_min", logsnr_min),
-            ("logsnr_max", logsnr_max),
-        )
-    )
-    if not high - low >= _LEAST_FALL:
-        raise ValueError(
-            f"`logsnr_min` must be below `logsnr_max` by {_LEAST_FALL} or "
-            f"more. Received: logsnr_min={logsnr_min}, logsnr_max={logsnr_max}"
-        )
-    return low, high
+from keras_mscm.schedules.base import (
+    LEAST_FALL,
+    LOGSNR_BOUND,
+    NoiseSchedule,
+    check_bounds,
+)
 
 
 def _resolution(name: str, value: Any) -> float:
@@ -46,47 +29,12 @@ def _shift(image_resolution: float, noise_resolution: float) -> float:
 
 def _check_end(name: str, value: float, shift: float) -> None:
     """Raises unless log-SNR stays within its bounds, shifted too."""
-    if abs(value + shift) > _LOGSNR_BOUND:
+    if abs(value + shift) > LOGSNR_BOUND:
         raise ValueError(
-            f"`{name}` must be in [-{_LOGSNR_BOUND}, {_LOGSNR_BOUND}] after "
+            f"`{name}` must be in [-{LOGSNR_BOUND}, {LOGSNR_BOUND}] after "
             f"the shift by the resolutions, {shift:g}, too. Received: "
             f"{name}={value}"
         )
-
-
-class NoiseSchedule:
-    """Maps time to log-SNR.
-
-    A subclass says `logsnr = schedule(t)`, strictly falling in t and finite at
-    both ends: at t = 0 there is next to no noise, at t = 1 next to no signal.
-    Schedules of equal arguments are equal.
-
-    Call arguments:
-        t: Times in [0, 1], of any shape.
-
-    Call returns:
-        Log-SNR, float32, of the shape of `t`.
-    """
-
-    def __call__(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, for Keras' serialisation."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """The inverse of `get_config`."""
-        return cls(**config)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and (
-            self.get_config() == other.get_config()
-        )
-
-    def __hash__(self) -> int:
-        return hash((type(self), *self.get_config().items()))
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -112,7 +60,7 @@ class CosineSchedule(NoiseSchedule):
     """
 
     def __init__(self, *, logsnr_min: float = -15.0, logsnr_max: float = 15.0):
-        self.logsnr_min, self.logsnr_max = _bounds(logsnr_min, logsnr_max)
+        self.logsnr_min, self.logsnr_max = check_bounds(logsnr_min, logsnr_max)
         tan_0 = math.exp(-self.logsnr_max / 2)
         self._angle_0 = math.atan(tan_0)
         self._angle_1 = math.atan(math.exp(self.logsnr_min / 2))
@@ -238,7 +186,7 @@ class InterpolatedCosineSchedule(CosineSchedule):
         )
         _check_end("logsnr_min", self.logsnr_min, self._low)
         _check_end("logsnr_max", self.logsnr_max, self._high)
-        most = self._least_slope() - _LEAST_FALL
+        most = self._least_slope() - LEAST_FALL
         if self._low - self._high > most:
             raise ValueError(
                 "`noise_resolution_low` must be at most "
@@ -258,67 +206,4 @@ class InterpolatedCosineSchedule(CosineSchedule):
             "image_resolution": self.image_resolution,
             "noise_resolution_low": self.noise_resolution_low,
             "noise_resolution_high": self.noise_resolution_high,
-        }
-
-
-@keras.saving.register_keras_serializable(package="keras_mscm")
-class KarrasSchedule(NoiseSchedule):
-    """The noise levels of Karras et al. (2022, eq. 5), for evaluation.
-
-    The noise-to-signal ratio `sigma / alpha` runs from `sigma_min` to
-    `sigma_max` linearly in its `1 / rho`-th power; log-SNR is `-2 log` of it.
-
-    Args:
-        sigma_min: Noise-to-signal ratio at t = 0, 1e-15 to 1e15.
-        sigma_max: Noise-to-signal ratio at t = 1, 1e-15 to 1e15.
-        rho: The exponent, 0.1 to 100.
-
-    Raises:
-        ValueError: If an argument is out of its range, or `sigma_min` is not
-            below `sigma_max` by 1 %, or `rho` too small for them.
-    """
-
-    def __init__(
-        self,
-        *,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-    ):
-        self.sigma_min, self.sigma_max = (
-            checks.check_number(
-                name, value, 1e-15, "a positive number in [1e-15, 1e15]", 1e15
-            )
-            for name, value in (
-                ("sigma_min", sigma_min),
-                ("sigma_max", sigma_max),
-            )
-        )
-        self.rho = checks.check_number(
-            "rho", rho, 0.1, "a positive number in [0.1, 100]", 100
-        )
-        if not self.sigma_min * 1.01 <= self.sigma_max:
-            raise ValueError(
-                "`sigma_min` must be below `sigma_max` by 1 % or more. "
-                f"Received: sigma_min={sigma_min}, sigma_max={sigma_max}"
-            )
-        self._low = self.sigma_min ** (1 / self.rho)
-        self._high = self.sigma_max ** (1 / self.rho)
-        if not 1e-37 <= self._low < self._high <= 1e37:
-            raise ValueError(
-                "`rho` must be larger, as a float32 can't hold these sigma ** "
-                f"(1 / rho). Received: rho={rho}, sigma_min={sigma_min}, "
-                f"sigma_max={sigma_max}"
-            )
-
-    def __call__(self, t: Tensor) -> Tensor:
-        t = ops.convert_to_tensor(t, "float32")
-        noise = self._low + t * (self._high - self._low)
-        return -2 * self.rho * ops.log(noise)
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max,
-            "rho": self.rho,
         }
