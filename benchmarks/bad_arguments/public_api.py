@@ -30,7 +30,7 @@ PROTOCOL = {
     *("absent", "build", "call", "check_guidable", "compile_from_config"),
     *("compute", "default_loss", "default_weighting", "denoise"),
     *("denoise_guided", "draw_normal", "draw_uniform", "during_fit"),
-    *("entry", "features", "sets", "update_features", "x_var"),
+    *("entry", "features", "read_images", "sets", "update_features", "x_var"),
     *("from_config", "get_compile_config", "get_config"),
     *("get_variable_layout", "integrate", "keep", "load_own_variables"),
     *("make_test_function", "make_train_function", "predict"),

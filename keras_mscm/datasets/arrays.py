@@ -10,12 +10,8 @@ from keras_mscm.checks import (
     check_signed,
     describe,
 )
-from keras_mscm.datasets.image_batches import (
-    ImageBatches,
-    as_array,
-    check_options,
-    is_float,
-)
+from keras_mscm.datasets.image_batches import ImageBatches, is_float
+from keras_mscm.datasets.indexed_batches import as_array, check_options
 from keras_mscm.datasets.resizing import center_square, check_image_size
 
 

@@ -17,7 +17,8 @@ from keras_mscm.checks import (
     check_string,
     invalid,
 )
-from keras_mscm.datasets.image_batches import ImageBatches, check_options
+from keras_mscm.datasets.image_batches import ImageBatches
+from keras_mscm.datasets.indexed_batches import check_options
 from keras_mscm.datasets.resizing import center_square, check_image_size, pillow
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}

@@ -7,7 +7,8 @@ import keras
 
 from keras_mscm.checks import check_choice
 from keras_mscm.datasets.arrays import from_arrays
-from keras_mscm.datasets.image_batches import ImageBatches, check_options
+from keras_mscm.datasets.image_batches import ImageBatches
+from keras_mscm.datasets.indexed_batches import check_options
 from keras_mscm.datasets.resizing import check_image_size
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")

@@ -18,7 +18,7 @@ from keras_mscm.checks import (
     check_string,
     invalid,
 )
-from keras_mscm.datasets.image_batches import as_shard
+from keras_mscm.datasets.indexed_batches import as_shard
 from keras_mscm.datasets.resizing import center_square, check_image_size, pillow
 
 # Arguments of TFDS that are set here, and the ones here that say so.
