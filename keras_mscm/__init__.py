@@ -10,8 +10,12 @@ from keras_mscm import (
     presets,
     samplers,
     schedules,
+    spaces,
+    variance,
     weightings,
 )
+from keras_mscm.conditioning import Condition
+from keras_mscm.generator import Generator
 from keras_mscm.models import (
     DenoisingModel,
     DiffusionModel,
@@ -24,8 +28,10 @@ from keras_mscm.networks.uvit import UViT
 __version__ = "0.1.0"
 
 __all__ = [
+    "Condition",
     "DenoisingModel",
     "DiffusionModel",
+    "Generator",
     "GuidanceDistillationModel",
     "MultistepConsistencyModel",
     "ProgressiveDistillationModel",
@@ -39,5 +45,7 @@ __all__ = [
     "presets",
     "samplers",
     "schedules",
+    "spaces",
+    "variance",
     "weightings",
 ]

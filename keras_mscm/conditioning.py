@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import checks
-from keras_mscm.functional.process import Tensor
+from keras_mscm.functional.process import Tensor, expand
 
 Conditioning: TypeAlias = dict[str, Tensor]
 """Arrays by name, each of the length of the batch."""
@@ -258,6 +258,23 @@ def absent(declared: Declared, conditioning: Conditioning) -> Conditioning:
     }
 
 
+def dropped(
+    declared: Declared, conditioning: Conditioning, drop: Tensor
+) -> Conditioning:
+    """The conditioning, which is left out as a whole for some examples.
+
+    Args:
+        declared: What the network takes.
+        conditioning: Arrays by name.
+        drop: For which examples, `(batch,)` of True and False.
+    """
+    without = absent(declared, conditioning)
+    return {
+        name: ops.where(expand(drop, value), without[name], value)
+        for name, value in conditioning.items()
+    }
+
+
 def as_dictionary(y: Any) -> dict[str, Any]:
     """The conditioning that Keras hands over as `y`: labels or a dictionary."""
     if y is None:
@@ -296,7 +313,14 @@ def check(declared: Declared, y: Any, num: int, name: str = "") -> None:
     if "labels" not in declared:
         checks.check_labels(part("labels"), given.get("labels"), None)
     for key, condition in declared.items():
-        condition.check(part(key), given.get(key))
+        value = given.get(key)
+        if value is None and condition.num_classes is None:
+            raise ValueError(
+                f"`{part(key)}` must be given: the network takes "
+                f"{[*declared]}, in a dictionary by name. Received: "
+                f"{checks.describe(value)}"
+            )
+        condition.check(part(key), value)
     for key, condition in declared.items():
         mask = condition.mask
         if mask and given[mask].shape[:2] != given[key].shape[:2]:

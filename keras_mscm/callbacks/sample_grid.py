@@ -20,15 +20,15 @@ from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
 
 NAMES = r"\d{8,}\.png"
-#: What a grid says of itself, within the file.
+#: The text within a PNG file by which a grid is recognised.
 SOFTWARE = "keras_mscm.SampleGrid"
 
 
 class SampleGrid(SamplingCallback):
-    """Draws a grid of samples every n iterations, to files and TensorBoard.
+    """For seeing how samples change during training.
 
-    The samples are drawn from always the same noise, so that one sees how they
-    change. The files are `{directory}/{iteration:08d}.png`.
+    It draws a grid of samples every n iterations, to files and TensorBoard,
+    from always the same noise. The files are `{directory}/{iteration:08d}.png`.
 
     A training that begins anew, or is resumed, replaces the grids that an
     earlier one has left at its iterations: give each training a directory of
@@ -103,14 +103,16 @@ class SampleGrid(SamplingCallback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks the model, and that the files can be written."""
         super().on_train_begin(logs)
-        channels = self.model.image_shape[-1]
-        if channels not in (1, 3, 4):
+        shape = self.model.space.image_shape
+        if shape is None or shape[-1] not in (1, 3, 4):
             raise ValueError(
                 "`SampleGrid` must be used with a model of images of 1, 3 or "
-                f"4 channels. Received: image_shape={self.model.image_shape}"
+                f"4 channels. Received: image_shape={shape}, space "
+                f"{type(self.model.space).__name__} of "
+                f"{self.model.space.shape}"
             )
         try:
-            import PIL  # noqa: F401, that Keras writes images with
+            import PIL  # noqa: F401, because Keras writes images with it
         except ImportError as error:
             raise ImportError(
                 "`SampleGrid` needs Pillow: pip install 'keras-mscm[images]'"
@@ -120,7 +122,7 @@ class SampleGrid(SamplingCallback):
             if re.fullmatch(NAMES, path.name, re.ASCII) and not _is_grid(path):
                 raise own_files.foreign("directory", path, "grids of samples")
         own_files.remove_leftovers(self.directory, NAMES)
-        self.on_train_end()  # of a training that has failed
+        self.on_train_end()  # because a failed training hasn't called it
         if self.tensorboard is not None:
             own_files.check_folder("tensorboard", self.tensorboard)
             self._writer = _EventFile(self.tensorboard)
@@ -201,8 +203,8 @@ def _is_grid(path: Path) -> bool:
 class _EventFile:
     """An event file of TensorBoard.
 
-    By the parts of `tensorboard` that don't import TensorFlow, which its own
-    writer does where it is installed.
+    It is written by parts of `tensorboard` that don't import TensorFlow,
+    because TensorBoard's own writer does wherever that is installed.
     """
 
     def __init__(self, directory: Path):
@@ -215,7 +217,8 @@ class _EventFile:
                 "'keras-mscm[tensorboard]'"
             ) from error
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # What TensorBoard looks for; a name of its own for every training.
+        # TensorBoard looks for this prefix. The rest makes the name unique,
+        # because every training has a file of its own.
         name = (
             f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
             f".{os.getpid()}.samples"

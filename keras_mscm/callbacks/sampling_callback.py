@@ -7,18 +7,20 @@ import keras
 import numpy as np
 
 from keras_mscm import backend, checks
-from keras_mscm.models import DenoisingModel, data_checks
+from keras_mscm.conditioning import completed
+from keras_mscm.models import DenoisingModel
 
-#: Arguments of `generate` that a callback has its own say in.
+#: Arguments of `generate` that the callback sets itself.
 OWN = ("num_images", "noise")
 
 
 class SamplingCallback(keras.callbacks.Callback):
-    """Draws images from the same noise every `every` iterations.
+    """The base for a callback that draws samples every so many iterations.
 
-    Counts batches on the host, and looks at the model only when it is about
-    due: between batches that would wait for the device. An iteration is an
-    optimizer update, so it goes on where a resumed training does.
+    It draws them from always the same noise. It counts batches on the host, and
+    reads the model's iteration only when a drawing is about due, because
+    reading waits for the device. An iteration is an optimizer update, so it
+    goes on where a resumed training does.
 
     Args:
         every: Iterations between two drawings, at least 1.
@@ -50,13 +52,20 @@ class SamplingCallback(keras.callbacks.Callback):
         )
         batch_size = checks.check_positive_integer("batch_size", batch_size)
         self.batch_size = min(batch_size, self.num_images)
-        # Not None, because each drawing is to be from the same noise.
+        # None is refused, because each drawing must be from the same noise.
         self.seed = checks.check_integer("seed", seed, 0, checks.SEED_END - 1)
-        conditioning = {
+        generate_with = dict(generate_with)
+        given = generate_with.pop("conditioning", {})
+        if not isinstance(given, dict):
+            raise checks.invalid(
+                "conditioning", "a dictionary of arrays by name", given
+            )
+        short = {
             "labels": labels,
             "context": context,
             "context_mask": context_mask,
         }
+        conditioning = {**given, **short}
         self.conditioning = {
             key: _entries(key, value, self.num_images)
             for key, value in conditioning.items()
@@ -90,18 +99,11 @@ class SamplingCallback(keras.callbacks.Callback):
                 f"`{type(self).__name__}` must be used with a DenoisingModel. "
                 f"Received: {type(model).__name__}"
             )
-        num, parts = self.num_images, dict(self.conditioning)
-        if model.num_classes and "labels" not in parts:
-            parts["labels"] = np.arange(num) % model.num_classes
-        self._parts = dict(parts)
-        if model.context_width:  # which `generate` does without
-            parts.setdefault("context", np.zeros((num, 1, model.context_width)))
-            mask = np.ones(parts["context"].shape[:2], "bool")
-            parts.setdefault("context_mask", mask)
-        data_checks.check_conditioning(
-            "", parts, num, model.num_classes, model.context_width
-        )
+        num, given = self.num_images, self.conditioning
         try:
+            # All of it once, because labels are in turn over all images, and
+            # not over each batch.
+            self._parts = completed(model.conditioning, given, num)
             model.check_generate(num_images=num, **self._arguments(0, num))
         except TypeError as error:
             raise ValueError(
@@ -109,7 +111,8 @@ class SamplingCallback(keras.callbacks.Callback):
                 f"{type(model).__name__}.generate. Received: "
                 f"{sorted(self.generate_with)}: {error}"
             ) from error
-        # Only now is it known what a callback before this one has restored.
+        # It is None until the first epoch, because only then is it known which
+        # iteration the callbacks before this one have restored.
         self._last: int | None = None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -128,8 +131,8 @@ class SamplingCallback(keras.callbacks.Callback):
     def on_first_iteration(self, iteration: int) -> None:
         """Called once per training, when what is to be resumed is restored."""
 
-    # Not when a batch ends: Keras would then wait for the device to hand its
-    # loss over, after each.
+    # This isn't done when a batch ends, because Keras would then wait for the
+    # device to hand over the loss of each batch.
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Draws, if `batch` batches of the epoch bring it to its turn."""
         if self._is_due(self._begin + batch // self._batches):
@@ -144,15 +147,15 @@ class SamplingCallback(keras.callbacks.Callback):
 
     def _draw_if_due(self) -> None:
         iteration = backend.integer(self.model.iteration)
-        # Loss scaling may have skipped an update.
+        # It is asked again, because loss scaling may have skipped an update.
         if self._is_due(iteration):
             self._last = iteration
             self.on_drawing(iteration, self._draw())
 
     def _draw(self) -> Iterator[np.ndarray]:
-        # One stream, so that the batch size has no say in the noise.
+        # The noise is one stream, so that the batch size doesn't change it.
         rng = np.random.default_rng(self.seed)
-        shape = self.model.image_shape
+        shape = self.model.space.shape
         for begin in range(0, self.num_images, self.batch_size):
             end = min(begin + self.batch_size, self.num_images)
             noise = rng.standard_normal((end - begin, *shape), dtype="float32")
@@ -163,7 +166,7 @@ class SamplingCallback(keras.callbacks.Callback):
     def _arguments(self, begin: int, end: int) -> dict[str, Any]:
         parts = {name: value[begin:end] for name, value in self._parts.items()}
         return {
-            **parts,
+            "conditioning": parts,
             "seed": (self.seed + begin) % checks.SEED_END,
             "batch_size": self.batch_size,
             **self.generate_with,

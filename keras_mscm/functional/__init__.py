@@ -14,6 +14,7 @@ from keras_mscm.functional.ddim import (
     heun_x,
     inverse_ddim,
 )
+from keras_mscm.functional.guidance import guided
 from keras_mscm.functional.process import (
     add_noise,
     alpha,
@@ -35,6 +36,7 @@ __all__ = [
     "consistency_target",
     "ddim",
     "expand",
+    "guided",
     "heun_x",
     "inverse_ddim",
     "mean_per_example",

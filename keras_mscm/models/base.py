@@ -1,43 +1,30 @@
 """What every training algorithm here shares."""
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_mscm import backend, checks
+from keras_mscm import backend, conditioning, preset_files
+from keras_mscm import functional as F
+from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional import process
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import data_checks, moving_average
-from keras_mscm.models.denoiser import Conditioning, Denoiser
-from keras_mscm.models.fitted import FittedModel
-from keras_mscm.models.sampling import CONDITIONING_DTYPES, check_schedule
-from keras_mscm.preset_files import untrusted
-from keras_mscm.schedules import CosineSchedule, NoiseSchedule
+from keras_mscm.models import (
+    arguments,
+    fitting,
+    moving_average,
+    sampling,
+    saving,
+)
+from keras_mscm.schedules import NoiseSchedule
+from keras_mscm.spaces import Space
 
 Example = tuple[dict[str, Tensor], Tensor, Tensor]
 
 
-def _agreed(name: str, value: Any, network: keras.Layer) -> Any:
-    """What the network says, or the argument where it doesn't."""
-    own = getattr(network, name, None)
-    if own is None or value is None:
-        return own if value is None else value
-    agree = value == own
-    if name == "image_shape" and isinstance(value, (list, tuple)):
-        agree = tuple(value) == tuple(own)
-    if not (isinstance(agree, bool) and agree) or isinstance(value, bool):
-        raise ValueError(
-            f"`{name}` must be what the network says, {own}. Received: "
-            f"{name}={checks.describe(value)}"
-        )
-    return own
-
-
-class DenoisingModel(Denoiser, FittedModel):
+class DenoisingModel(keras.Model):
     """A network that predicts clean images, and how it is trained and sampled.
 
     A training algorithm is a subclass with one method, `training_example`: it
@@ -48,24 +35,33 @@ class DenoisingModel(Denoiser, FittedModel):
     `ema_network`; `generate`, `evaluate` and `predict` use it.
 
     Args:
-        network: Keras layer or model of `{"z", "logsnr"[, "labels"][,
-            "context", "context_mask"]}` (see `UViT`) that returns a tensor of
-            the shape of `z`.
+        network: Keras layer or model of `{"z", "logsnr"}` and what it is
+            conditioned on, which returns a tensor of the shape of `z` (see
+            `UViT`). It may say of itself `image_shape` and `conditioning`.
         schedule: Noise schedule; `CosineSchedule()` by default.
         prediction_type: What the network predicts: `"v"`, `"x"` or
             `"epsilon"`.
         weighting: Function of log-SNR, `(batch,)`, that gives each example's
             weight in the loss; None for the algorithm's own.
+        space: What `x` is: one of `keras_mscm.spaces`. By default pixels of
+            `image_shape`.
         image_shape: Height, width and channels; `network.image_shape` by
-            default.
+            default. Short for `space=Pixels(image_shape)`.
+        conditioning: What the network takes besides, a dictionary of name to
+            `Condition`; `network.conditioning` by default.
         num_classes: Number of classes; `network.num_classes` by default, if it
             has one. With it the network takes labels.
         context_width: Width of the vectors of a sequence conditioning;
             `network.context_width` by default, if it has one.
         label_dropout: Probability, in [0, 1), with which an image is trained
             on without its conditioning, as classifier-free guidance needs it
-            (Ho & Salimans, 2022): the network then sees the label
-            `num_classes` and a `context_mask` of False.
+            (Ho & Salimans, 2022): the network then sees what says nothing, by
+            its declaration.
+        guidable: Whether the network has learnt elsewhere to do without its
+            conditioning, so that it can be guided.
+        ema: Where the moving average is kept: `"auto"` in a second network,
+            `"bfloat16"` in half the space, rounded at random; None for none,
+            then `ema_network` is the network itself.
         ema_decay: Decay of the moving average per update, in [0, 1). Early on
             `(1 + i) / (10 + i)` holds where it is smaller.
         ema_half_life: The moving average's half-life in images, instead of
@@ -81,14 +77,17 @@ class DenoisingModel(Denoiser, FittedModel):
             moving average without.
 
     Call returns:
-        Predicted `x`, float32, `(batch, height, width, channels)`.
+        Predicted `x`, float32, of the shape of `z`.
 
     Raises:
         ValueError: If an argument is out of its range, or the network doesn't
-            return images.
+            return arrays of the space.
     """
 
     default_weighting: ClassVar[Callable[[Tensor], Tensor]]
+    #: Whether `fit` needs a teacher to be attached.
+    needs_teacher: bool = False
+    teacher: Any = None
 
     def __init__(
         self,
@@ -97,77 +96,56 @@ class DenoisingModel(Denoiser, FittedModel):
         *,
         prediction_type: str = "v",
         weighting: Callable[[Tensor], Tensor] | None = None,
-        image_shape: tuple[int, int, int] | None = None,
+        space: Space | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        conditioning: dict[str, Any] | None = None,
         num_classes: int | None = None,
         context_width: int | None = None,
         label_dropout: float = 0.0,
-        ema_decay: float = 0.9999,
+        guidable: bool = False,
+        ema: str | None = "auto",
+        ema_decay: float = arguments.EMA_DECAY,
         ema_half_life: float | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(network, keras.Layer):
-            raise checks.invalid("network", "a Keras layer or model", network)
-        schedule = CosineSchedule() if schedule is None else schedule
-        check_schedule(schedule)
-        checks.check_choice(
-            "prediction_type", prediction_type, process.PREDICTION_TYPES
+        checked = arguments.check(
+            network,
+            schedule,
+            prediction_type,
+            weighting,
+            label_dropout,
+            guidable,
+            seed,
         )
-        below_1 = math.nextafter(1, 0)
-        ema_decay = checks.check_number(
-            "ema_decay", ema_decay, 0, "in [0, 1)", below_1
+        arguments.check_average(ema, ema_decay, ema_half_life)
+        space = arguments.space_of(network, space, image_shape)
+        declared = arguments.conditioning_of(
+            network, conditioning, num_classes, context_width
         )
-        label_dropout = checks.check_number(
-            "label_dropout", label_dropout, 0, "in [0, 1)", below_1
-        )
-        if ema_half_life is not None:
-            ema_half_life = checks.check_positive_number(
-                "ema_half_life", ema_half_life
-            )
-        if weighting is not None:
-            checks.check_function(
-                "weighting",
-                weighting,
-                "a function of log-SNR, as those of `keras_mscm.losses`",
-            )
-        seed = checks.check_seed("seed", seed)
-        shape = checks.check_shape(
-            "image_shape",
-            _agreed("image_shape", image_shape, network),
-            ("height", "width", "channels"),
-        )
-        num_classes = _agreed("num_classes", num_classes, network)
-        context_width = _agreed("context_width", context_width, network)
-        for name, value in (
-            ("num_classes", num_classes),
-            ("context_width", context_width),
-        ):
-            if value is not None:
-                checks.check_positive_integer(name, value, 2**31 - 2)
+        arguments.check_droppable(declared, label_dropout, guidable)
         # Images, times and losses are float32 whatever the network computes in;
         # under mixed_float16 the policy still brings Keras' loss scaling.
         kwargs.setdefault("dtype", network.dtype_policy)
         super().__init__(autocast=False, **kwargs)
 
         self.network = network
-        self.schedule = schedule
-        self.prediction_type = prediction_type
+        self.schedule, self.prediction_type = checked.schedule, prediction_type
         self.weighting = weighting or type(self).default_weighting
-        self.image_shape = shape
-        self.num_classes = num_classes
-        self.context_width = context_width
-        self.label_dropout = label_dropout
-        self._check_label_dropout()
-        self.ema_decay, self.ema_half_life = ema_decay, ema_half_life
-        self.seed = seed
-        self.seed_generator = backend.seed_generator(seed)
-        self._compiled_samplers = {}
+        self.space, self.conditioning = space, declared
+        self.num_classes, self.context_width = arguments.sizes_of(declared)
+        self.label_dropout, self.guidable = checked.label_dropout, guidable
+        self.ema, self.ema_decay = ema, ema_decay
+        self.ema_half_life, self.seed = ema_half_life, checked.seed
+        self.seed_generator = backend.seed_generator(self.seed)
+        self._compiled_samplers: dict[tuple, Callable] = {}
+        # The codec of latents is part of the model's state, untrained.
+        self.encoder, self.decoder = space.encoder, space.decoder
 
-        self._check_network()
-        self.ema_network = moving_average.clone_network(
-            network, f"{network.name}_ema"
+        arguments.check_network(network, space, self.symbolic_inputs())
+        self.ema_network = moving_average.averaged(
+            network, f"{network.name}_ema", self.symbolic_inputs(), ema
         )
-        self.ema_network.trainable = False
         self.iteration = self.add_weight(
             shape=(),
             dtype="int32",
@@ -177,34 +155,145 @@ class DenoisingModel(Denoiser, FittedModel):
         )
         self.built = True
 
-    def _check_network(self) -> None:
-        symbolic = {
-            "z": keras.KerasTensor((None, *self.image_shape), "float32"),
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one example, as the network sees it."""
+        return self.space.shape
+
+    @property
+    def conditioning_names(self) -> list[str]:
+        """What the network takes besides `z` and their log-SNR."""
+        return [*self.conditioning]
+
+    def symbolic_inputs(self) -> dict[str, keras.KerasTensor]:
+        """The network's inputs without values, for a batch of any size."""
+        return {
+            "z": keras.KerasTensor((None, *self.space.shape), "float32"),
             "logsnr": keras.KerasTensor((None,), "float32"),
+            **{k: c.symbolic() for k, c in self.conditioning.items()},
         }
-        shapes = {
-            "labels": (None,),
-            "context": (None, None, self.context_width),
-            "context_mask": (None, None),
-        }
-        for name in self.conditioning_names:
-            dtype = CONDITIONING_DTYPES[name]
-            symbolic[name] = keras.KerasTensor(shapes[name], dtype)
-        shape = tuple(self.network(symbolic).shape[1:])
-        if shape != self.image_shape:
+
+    # Methods that have a file of their own.
+
+    compile = fitting.compile_model
+    get_compile_config = fitting.get_compile_config
+    compile_from_config = fitting.compile_from_config
+    fit, evaluate, predict = fitting.fit, fitting.evaluate, fitting.predict
+    make_train_function = fitting.make_train_function
+    make_test_function = fitting.make_test_function
+    generate, check_generate = sampling.generate, sampling.check_generate
+    from_preset = classmethod(preset_files.load_model)
+    save_to_preset = preset_files.save_to_preset
+    save_own_variables = saving.save_own_variables
+    load_own_variables = saving.load_own_variables
+    from_config = classmethod(saving.from_config)
+
+    def sampled_with(
+        self, num_steps: Any, sampler: Any, schedule: Any, guidance_scale: Any
+    ) -> tuple[int, Any, NoiseSchedule]:
+        """How `generate` samples, of what it was asked for; None is open.
+
+        Args:
+            num_steps: Number of steps.
+            sampler: One of `keras_mscm.samplers`.
+            schedule: Time to log-SNR.
+            guidance_scale: Scale of classifier-free guidance.
+
+        Returns:
+            Number of steps, sampler and schedule.
+
+        Raises:
+            ValueError: If the model can't be sampled so.
+        """
+        raise NotImplementedError
+
+    def check_guidable(self, name: str, value: Any) -> None:
+        """Raises unless the model can do without its conditioning.
+
+        Args:
+            name: What asks for guidance, as a message is to call it.
+            value: What came.
+        """
+        if not (self.label_dropout or self.guidable):
             raise ValueError(
-                "`network` must return images of the shape of `z`, "
-                f"{self.image_shape}. Received: a network that returns {shape}"
+                f"`{name}` must not be given: guidance needs a model that was "
+                "trained with label_dropout > 0 to do without its "
+                "conditioning, or elsewhere (`guidable=True`). Received: "
+                f"{name}={value}"
             )
 
-    def _check_label_dropout(self) -> None:
-        if self.label_dropout and not self.conditioning_names:
+    # Prediction.
+
+    def denoise(
+        self,
+        network: keras.Layer,
+        z: Tensor,
+        logsnr: Tensor,
+        conditioning: Conditioning | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """Predicts `x` from noisy images, in float32.
+
+        Args:
+            network: `self.network` or `self.ema_network`.
+            z: Noisy images, `(batch, ...)`.
+            logsnr: Their log-SNR, `(batch,)`.
+            conditioning: What the network takes besides, each of the length
+                of the batch.
+            training: Whether dropout is on.
+
+        Returns:
+            Predicted images, of the shape of `z`.
+        """
+        inputs = {"z": z, "logsnr": logsnr, **(conditioning or {})}
+        output = ops.cast(network(inputs, training=training), "float32")
+        return process.predict_x(output, z, logsnr, self.prediction_type)
+
+    def denoise_guided(
+        self,
+        network: keras.Layer,
+        z: Tensor,
+        logsnr: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts `x` with classifier-free guidance, and without.
+
+        Arguments as for `denoise`; `functional.guided` says how.
+        """
+
+        def denoise(z, logsnr, conditioning):
+            return self.denoise(network, z, logsnr, conditioning)
+
+        without = self.absent(conditioning)
+        return F.guided(
+            denoise, z, logsnr, conditioning, without, guidance_scale
+        )
+
+    def absent(self, given: Conditioning) -> Conditioning:
+        """The conditioning of the same shape that says nothing."""
+        return conditioning.absent(self.conditioning, given)
+
+    def call(
+        self, inputs: dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
+        names = sorted(["logsnr", "z", *self.conditioning])
+        if not isinstance(inputs, dict) or sorted(inputs) != names:
+            came = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
             raise ValueError(
-                "`label_dropout` must be 0 for a network without conditioning. "
-                f"Received: label_dropout={self.label_dropout}"
+                f"`inputs` must be a dictionary of {names}. Received: {came}"
             )
+        given = {name: inputs[name] for name in self.conditioning}
+        network = self.network if training else self.ema_network
+        return self.denoise(
+            network, inputs["z"], inputs["logsnr"], given, bool(training)
+        )
 
     # Training: one step for every algorithm.
+
+    def default_loss(self) -> keras.losses.Loss:
+        """The loss that `compile` takes when none is given."""
+        raise NotImplementedError
 
     def training_example(
         self, images: Tensor, conditioning: Conditioning, training: bool
@@ -215,7 +304,8 @@ class DenoisingModel(Denoiser, FittedModel):
         evaluates, the target is a plain tensor.
 
         Args:
-            images: `(batch, height, width, channels)`, in [-1, 1].
+            images: `(batch, ...)`, of the model's space, encoded if that has
+                an encoder.
             conditioning: What the network takes besides (see
                 `conditioning_names`); the network's inputs are `{"z",
                 "logsnr", **conditioning}`.
@@ -262,33 +352,20 @@ class DenoisingModel(Denoiser, FittedModel):
         return super().test_step(tuple(state), example)
 
     def _example(self, data: Any, training: bool) -> Example:
-        images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(
-            data
-        )
+        images, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         images = ops.cast(images, "float32")
-        conditioning = data_checks.as_conditioning(labels)
-        conditioning = {
-            name: ops.cast(value, CONDITIONING_DTYPES[name])
-            for name, value in conditioning.items()
-        }
+        images = self.space.encode(images, training and self.draw_normal)
+        given = conditioning.as_dictionary(y)
+        given = conditioning.cast(self.conditioning, given)
         if training and self.label_dropout:
-            conditioning = self._drop_labels(conditioning)
-        inputs, target, weight = self.training_example(
-            images, conditioning, training
-        )
+            draws = self.draw_uniform(ops.shape(images)[:1])
+            given = conditioning.dropped(
+                self.conditioning, given, draws < self.label_dropout
+            )
+        inputs, target, weight = self.training_example(images, given, training)
         if sample_weight is not None:
             weight = weight * ops.cast(sample_weight, "float32")
         return inputs, target, weight
-
-    def _drop_labels(self, conditioning: Conditioning) -> Conditioning:
-        """Leaves each example's conditioning out, or not, as a whole."""
-        batch = ops.shape(next(iter(conditioning.values())))[:1]
-        draw = self.draw_uniform(batch)
-        dropped, absent = draw < self.label_dropout, self.absent(conditioning)
-        return {
-            name: ops.where(process.expand(dropped, value), absent[name], value)
-            for name, value in conditioning.items()
-        }
 
     def draw_normal(self, shape: Sequence) -> Tensor:
         """Standard normal numbers for a batch, by the model's seed.
@@ -307,83 +384,8 @@ class DenoisingModel(Denoiser, FittedModel):
     def _after_update(self, before: Tensor, batch: Tensor) -> None:
         # 0 for all but the last of the batches of a gradient accumulation.
         updates = self.optimizer.iterations - before
-        decay = self.ema_decay
-        if self.ema_half_life:
-            decay = moving_average.decay_of_half_life(
-                self.ema_half_life, batch * self._batches_per_update()
-            )
-        decay = moving_average.decay_at(self.iteration, decay)
-        rate = (1.0 - decay) * ops.cast(updates, "float32")
-        moving_average.update(self.ema_network, self.network, rate)
+        moving_average.after_update(self, updates, batch)
         self.iteration.assign_add(ops.cast(updates, "int32"))
 
-    def _batches_per_update(self) -> int:
-        """Of the size that a replica sees."""
-        optimizer: Any = self.optimizer
-        # It may be within one that scales the loss.
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        _, replicas = backend.replica()
-        return replicas * (optimizer.gradient_accumulation_steps or 1)
-
-    # Saving. Keras leaves random states out; with them, training resumes
-    # exactly.
-
-    def _seed_states(self, layer: keras.Layer) -> list[keras.Variable]:
-        weights = {id(weight) for weight in layer.weights}
-        return [v for v in layer.variables if id(v) not in weights]
-
-    def _own_seed_states(self) -> list[keras.Variable]:
-        return [self.seed_generator.state, *self._seed_states(self.network)]
-
-    def save_own_variables(self, store: Any) -> None:
-        """Stores the model's own weights and every random state."""
-        super().save_own_variables(store)
-        for i, state in enumerate(self._own_seed_states()):
-            store[f"seed_{i}"] = ops.convert_to_numpy(state)
-
-    def load_own_variables(self, store: Any) -> None:
-        """Restores what `save_own_variables` stored."""
-        stored = {name: store[name] for name in [*store.keys()]}
-        for i, state in enumerate(self._own_seed_states()):
-            if f"seed_{i}" in stored:
-                state.assign(np.asarray(stored.pop(f"seed_{i}")))
-        super().load_own_variables(stored)
-
     def get_config(self) -> dict[str, Any]:
-        serialize = keras.saving.serialize_keras_object
-        return {
-            **super().get_config(),
-            "network": serialize(self.network),
-            "schedule": serialize(self.schedule),
-            "prediction_type": self.prediction_type,
-            "weighting": serialize(self.weighting),
-            "image_shape": self.image_shape,
-            "num_classes": self.num_classes,
-            "context_width": self.context_width,
-            "label_dropout": self.label_dropout,
-            "ema_decay": self.ema_decay,
-            "ema_half_life": self.ema_half_life,
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: Any = None
-    ) -> Self:
-        """The inverse of `get_config`, whoever wrote it.
-
-        Raises:
-            ValueError: If it names what Keras doesn't know or what is no
-                function of tensors, or the network is larger than this
-                machine's memory.
-        """
-        untrusted.check_network(config.get("network"), custom_objects)
-        # All but plain values were serialised: network, schedule, functions.
-        return cls(
-            **{
-                name: untrusted.deserialize(value, custom_objects)
-                if isinstance(value, dict) and name != "dtype"
-                else value
-                for name, value in config.items()
-            }
-        )
+        return {**super().get_config(), **arguments.config_of(self)}

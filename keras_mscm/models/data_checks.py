@@ -9,18 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend
-from keras_mscm.checks import (
-    check_image_shape,
-    check_images,
-    check_labels,
-    check_signed,
-    describe,
-    is_array,
-    warn_unsigned,
-)
+from keras_mscm import backend, conditioning
+from keras_mscm.checks import check_labels, describe, is_array, unit_range
+from keras_mscm.conditioning import Declared
 from keras_mscm.models import streams
 from keras_mscm.models.streams import Watch, as_tuple
+from keras_mscm.spaces import Space
 
 
 def check_sample_weight(name: str, weight: Any, num: int) -> None:
@@ -38,81 +32,19 @@ def check_sample_weight(name: str, weight: Any, num: int) -> None:
         )
 
 
-def as_conditioning(y: Any) -> dict[str, Any]:
-    """The conditioning that Keras hands over as `y`: labels or a dictionary."""
-    if y is None:
-        return {}
-    return dict(y) if isinstance(y, dict) else {"labels": y}
-
-
-def check_conditioning(
-    name: str,
-    y: Any,
-    num: int,
-    num_classes: int | None,
-    context_width: int | None,
-) -> None:
-    """Raises unless `y` is the conditioning of `num` images.
-
-    Args:
-        name: What to call the data in a message; empty if their own names do.
-        y: Labels or dictionary, as `fit` takes them.
-        num: Number of images.
-        num_classes: Number of classes, or None.
-        context_width: Width of the context, or None.
-    """
-
-    def part(key):
-        return f"{name} ({key})" if name else key
-
-    y = as_conditioning(y)
-    names = ["labels"] if num_classes else []
-    names += ["context", "context_mask"] if context_width else []
-    unknown = sorted(set(y) - {*names, "labels"})
-    if unknown:
-        raise ValueError(
-            f"`{part('y')}` must be made of {names}, what the network takes. "
-            f"Received: {unknown} besides"
-        )
-    check_labels(part("labels"), y.get("labels"), num_classes)
-    if context_width:
-        context, mask = y.get("context"), y.get("context_mask")
-        shape = tuple(getattr(context, "shape", ()))
-        if len(shape) != 3 or shape[2] != context_width:
-            raise ValueError(
-                f"`{part('context')}` must be an array of vectors, (batch, "
-                f"length, context_width) = (batch, length, {context_width}). "
-                f"Received: {describe(context)}"
-            )
-        if tuple(getattr(mask, "shape", ())) != shape[:2]:
-            raise ValueError(
-                f"`{part('context_mask')}` must be an array of shape (batch, "
-                f"length) = {shape[:2]}, as the context is. Received: "
-                f"{describe(mask)}"
-            )
-    for key, value in y.items():
-        if value is not None and value.shape[0] != num:
-            raise ValueError(
-                f"`{part(key)}` must have one entry per image. Received: "
-                f"{num} images, {value.shape[0]} {key}"
-            )
-
-
 @dataclass(frozen=True)
 class Expected:
     """What a model expects of its data.
 
     Attributes:
-        image_shape: Height, width and channels.
-        num_classes: Number of classes, or None.
-        context_width: Width of a sequence conditioning, or None.
+        space: What the data are.
+        conditioning: What the network takes besides, by name.
         nonnegative: Whether it is meant that no image goes below 0.
         shares: Of which a batch's size must be a multiple, last or not.
     """
 
-    image_shape: tuple[int, ...]
-    num_classes: int | None = None
-    context_width: int | None = None
+    space: Space
+    conditioning: Declared
     nonnegative: bool = False
     shares: int = 1
 
@@ -132,14 +64,11 @@ def check_batch(name: str, batch: Any, expected: Expected) -> None:
             f"Received: ({', '.join(map(describe, batch))})"
         )
     num, parts = images.shape[0], keras.tree.flatten(batch)
-    if all(backend.lies_on_host(part) for part in parts):
-        check_images(f"{name} (images)", images, expected.image_shape)
-        check_conditioning(
-            name, y, num, expected.num_classes, expected.context_width
-        )
+    on_host = all(backend.lies_on_host(part) for part in parts)
+    expected.space.check(f"{name} (images)", images, on_host)
+    if on_host:
+        conditioning.check(expected.conditioning, y, num, name)
         check_sample_weight(f"{name} (sample_weight)", sample_weight, num)
-    else:
-        check_image_shape(f"{name} (images)", images, expected.image_shape)
     if num % expected.shares:
         raise ValueError(
             f"`{name}` must be of a multiple of {expected.shares} images, the "
@@ -183,8 +112,8 @@ def check_data(
             )
         # How arrays divide into batches is not known here.
         check_batch(name, (x, y, sample_weight), replace(expected, shares=1))
-        if not expected.nonnegative:
-            check_signed(f"{name} (images)", x)
+        if not expected.nonnegative and expected.space.looks_unsigned(x):
+            raise ValueError(unit_range(f"{name} (images)", x))
         return x, None
     kinds = (list, tuple, dict, str, bytes, set, np.ndarray, np.generic, type)
     if not hasattr(type(x), "__iter__") or isinstance(x, kinds):
@@ -202,8 +131,9 @@ def check_data(
         )
     check_batch(name, batch, expected)
     images = as_tuple(batch)[0]
-    if not expected.nonnegative and backend.lies_on_host(images):
-        warn_unsigned(f"{name} (images)", images)
+    look = backend.lies_on_host(images) and not expected.nonnegative
+    if look and expected.space.looks_unsigned(images):
+        warnings.warn(unit_range(f"{name} (images)", images), stacklevel=5)
     _check_beforehand(name, x, expected)
 
     def check(batch, number):
@@ -217,7 +147,9 @@ def _check_beforehand(name: str, x: Any, expected: Expected) -> None:
     """Checks what a stream lets know of its later batches."""
     labels = getattr(x, "labels", None)
     if isinstance(x, keras.utils.PyDataset) and isinstance(labels, np.ndarray):
-        check_labels(f"{name} (labels)", labels, expected.num_classes)
+        declared = expected.conditioning.get("labels")
+        num_classes = declared.num_classes if declared else None
+        check_labels(f"{name} (labels)", labels, num_classes)
     if expected.shares == 1:
         return
     last = None
@@ -233,7 +165,7 @@ def _check_beforehand(name: str, x: Any, expected: Expected) -> None:
                 f"{expected.shares} images, the shares in which devices take "
                 "it. Training would stop there: give "
                 "`batch(..., drop_remainder=True)`",
-                stacklevel=5,
+                stacklevel=6,
             )
     if last and last % expected.shares:
         raise ValueError(

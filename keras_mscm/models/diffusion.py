@@ -8,15 +8,21 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, checks, losses, samplers, variance
+from keras_mscm import (
+    backend,
+    checks,
+    losses,
+    samplers,
+    variance,
+    weightings,
+)
 from keras_mscm import functional as F
+from keras_mscm.conditioning import Conditioning, as_dictionary
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import data_checks
+from keras_mscm.models import fitting
 from keras_mscm.models.base import DenoisingModel, Example
-from keras_mscm.models.denoiser import Conditioning, Sampler
-from keras_mscm.models.sampling import CONDITIONING_DTYPES, Request
-from keras_mscm.schedules import NoiseSchedule
-from keras_mscm.variance import MeasuredVariance
+from keras_mscm.spaces import Pixels
+from keras_mscm.variance import AnalyticVariance, MeasuredVariance
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -40,7 +46,7 @@ class DiffusionModel(DenoisingModel):
     (16, 8, 8, 1)
     """
 
-    default_weighting = staticmethod(losses.snr_plus_one)
+    default_weighting = staticmethod(weightings.snr_plus_one)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -63,79 +69,22 @@ class DiffusionModel(DenoisingModel):
         epsilon = self.draw_normal(ops.shape(x))
         logsnr = self.schedule(t)
         z_t = F.add_noise(x, epsilon, logsnr)
+        if self.teacher is not None:  # whose guided word is to be learnt
+            scale = self.guidance_scale
+            x, _ = self.teacher.teach(z_t, logsnr, conditioning, scale)
         inputs = {"z": z_t, "logsnr": logsnr, **conditioning}
         return inputs, x, self.weighting(logsnr)
 
-    def generate(
-        self,
-        num_images: int | None = None,
-        *,
-        num_steps: int = 256,
-        sampler: Sampler | None = None,
-        schedule: NoiseSchedule | None = None,
-        guidance_scale: float | None = None,
-        labels: Any = None,
-        context: Any = None,
-        context_mask: Any = None,
-        noise: Any = None,
-        seed: int | None = None,
-        batch_size: int | None = None,
-    ) -> np.ndarray:
-        """Draws images.
-
-        Args:
-            num_images: How many; one of each class by default.
-            num_steps: Steps of the sampler, each one evaluation of the network
-                (two with `Heun`).
-            sampler: One of `keras_mscm.samplers`, `ADDIM()` by default, or any
-                function of `(denoise, noise, schedule, num_steps, seed)`.
-            schedule: Time to log-SNR for the sampler's steps, such as
-                `KarrasSchedule()`; by default what the model was trained with.
-            guidance_scale: Scale of classifier-free guidance, at least 0: 1 is
-                none, 0 is without conditioning (the paper's is less by 1). For
-                a model trained with `label_dropout`. One batched call of twice
-                the size evaluates both predictions.
-            labels: Classes, `(num_images,)`; 0, 1, ... in turn by default.
-            context: Sequence conditioning, `(num_images, length,
-                context_width)`; none by default.
-            context_mask: Which of it counts, `(num_images, length)`; all by
-                default.
-            noise: Standard normal noise to begin from, `(num_images, height,
-                width, channels)`.
-            seed: Seed of that noise, where it isn't given, and of what a
-                stochastic sampler adds: an integer in 0..2**31 - 3. The same
-                seed gives an image of the same number the same noise, on every
-                backend, whatever the batch size. None draws one.
-            batch_size: Images per call of the compiled sampler, 128 at most by
-                default. Each batch size is compiled once.
-
-        Returns:
-            NumPy array, `(num_images, height, width, channels)`, clipped to
-            [-1, 1].
-
-        Raises:
-            ValueError: If an argument is out of its range, or they disagree.
-        """
-        return self._draw(
-            self._request(
-                num_images=num_images,
-                num_steps=num_steps,
-                sampler=sampler,
-                schedule=schedule,
-                guidance_scale=guidance_scale,
-                labels=labels,
-                context=context,
-                context_mask=context_mask,
-                noise=noise,
-                seed=seed,
-                batch_size=batch_size,
-            )
-        )
-
-    def _request(self, **arguments: Any) -> Request:
-        if arguments["sampler"] is None:
-            arguments["sampler"] = samplers.ADDIM()
-        return super()._request(**arguments)
+    def sampled_with(self, num_steps, sampler, schedule, guidance_scale):
+        if guidance_scale is not None:
+            self.check_guidable("guidance_scale", guidance_scale)
+        if sampler is None:
+            sampler = samplers.ADDIM()
+            if self.space.variance != Pixels.variance:
+                variance = AnalyticVariance(self.space.variance)
+                sampler = samplers.ADDIM(x_var=variance)
+        schedule = self.schedule if schedule is None else schedule
+        return num_steps or 256, sampler, schedule
 
     # The empirical posterior variance of aDDIM (algorithm 3).
 
@@ -175,29 +124,33 @@ class DiffusionModel(DenoisingModel):
         eta = checks.check_number("eta", eta, 0, "in [0, 1]", high=1)
         checks.check_positive_integer("batch_size", batch_size)
         seeds = backend.seed_generator(checks.check_seed("seed", seed))
-        x, watches = self._watched("x", x, y, nonnegative=nonnegative)
+        x, watches = fitting.watched(self, "x", x, y, nonnegative=nonnegative)
         levels = variance.level_logsnr()
 
         def squared_error(images, epsilon, conditioning, logsnr):
             images, epsilon, conditioning = backend.divided(
                 (images, epsilon, conditioning)
             )
+            images = self.space.encode(images)
             logsnr = ops.broadcast_to(logsnr, ops.shape(images)[:1])
             z = F.add_noise(images, epsilon, logsnr)
             x = self.denoise(self.ema_network, z, logsnr, conditioning)
-            return ops.sum(ops.mean(ops.square(x - images), axis=(1, 2, 3)))
+            return ops.sum(F.mean_per_example(ops.square(x - images)))
 
-        compiled = backend.compile_inference(
-            squared_error, self.ema_network.variables
-        )
+        read = [*self.ema_network.variables]
+        if self.encoder is not None:
+            read += self.encoder.variables
+        compiled = backend.compile_inference(squared_error, read)
         total, count = np.zeros(variance.LEVELS), 0
         with contextlib.ExitStack() as stack:
             for watch in watches:
                 stack.enter_context(watch.reporting())
-            for images, conditioning in _as_batches(x, y, batch_size):
+            for images, conditioning in self._batches(x, y, batch_size):
                 for i, level in enumerate(levels):
                     epsilon = keras.random.normal(
-                        images.shape, dtype="float32", seed=seeds
+                        (len(images), *self.space.shape),
+                        dtype="float32",
+                        seed=seeds,
                     )
                     error = compiled(images, epsilon, conditioning, level)
                     total[i] += float(ops.convert_to_numpy(error))
@@ -219,11 +172,25 @@ class DiffusionModel(DenoisingModel):
             )
         return MeasuredVariance(table.tolist())
 
+    def _batches(
+        self, x: Any, y: Any, batch_size: int
+    ) -> Iterator[tuple[np.ndarray, dict]]:
+        """Images and conditioning, from arrays or a stream of batches."""
+        for images, given in _as_batches(x, y, batch_size):
+            yield (
+                ops.convert_to_numpy(images).astype("float32"),
+                {
+                    name: ops.convert_to_numpy(value).astype(
+                        self.conditioning[name].dtype
+                    )
+                    for name, value in as_dictionary(given).items()
+                },
+            )
+
 
 def _as_batches(
     x: Any, y: Any, batch_size: int
-) -> Iterator[tuple[np.ndarray, dict]]:
-    """Images and conditioning, from arrays or from a stream of batches."""
+) -> Iterator[tuple[np.ndarray, Any]]:
     batches: Iterable = x
     if hasattr(x, "shape"):
         batches = (
@@ -231,7 +198,7 @@ def _as_batches(
                 x[i : i + batch_size],
                 {
                     name: value[i : i + batch_size]
-                    for name, value in data_checks.as_conditioning(y).items()
+                    for name, value in as_dictionary(y).items()
                 },
             )
             for i in range(0, len(x), batch_size)
@@ -241,12 +208,4 @@ def _as_batches(
     for batch in batches:
         batch = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
         images, given = (*batch, None)[:2]
-        yield (
-            ops.convert_to_numpy(images).astype("float32"),
-            {
-                name: ops.convert_to_numpy(value).astype(
-                    CONDITIONING_DTYPES[name]
-                )
-                for name, value in data_checks.as_conditioning(given).items()
-            },
-        )
+        yield images, given

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mscm.models import moving_average
+
 
 class FiniteLoss(keras.callbacks.Callback):
     """Stops a `fit` whose loss is NaN or infinite; keeps the last good weights.
@@ -22,6 +24,7 @@ class FiniteLoss(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
         self.diverged: str | None = None
+        self.restored = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         self.diverged, self._thread = None, threading.get_ident()
@@ -44,10 +47,11 @@ class FiniteLoss(keras.callbacks.Callback):
 
     def _restore(self) -> None:
         model = self.model
-        for average, weight in zip(
-            model.ema_network.weights, model.network.weights
+        self.restored = model.ema_network is not model.network
+        for average, weight in moving_average.pairs(
+            model.ema_network, model.network
         ):
-            weight.assign(ops.copy(average.value))
+            weight.assign(ops.cast(ops.copy(average.value), weight.dtype))
         for state in model.optimizer.variables:
             if "float" in state.dtype:
                 finite = ops.isfinite(state.value)
@@ -56,9 +60,13 @@ class FiniteLoss(keras.callbacks.Callback):
     def raise_if_diverged(self) -> None:
         """Raises `FloatingPointError` if training was stopped."""
         if self.diverged is not None:
+            weights = (
+                "The weights are the last finite ones of their moving average"
+                if self.restored
+                else "The weights are lost, because ema=None keeps no average"
+            )
             raise FloatingPointError(
                 "Training stopped: the loss is no longer finite "
-                f"({self.diverged}). The weights are the last finite ones of "
-                "their moving average. Look for images that are not finite, "
-                "or lower the learning rate."
+                f"({self.diverged}). {weights}. Look for images that are not "
+                "finite, or lower the learning rate."
             )

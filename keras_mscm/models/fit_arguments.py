@@ -40,14 +40,14 @@ def as_optimizer(optimizer: Any) -> Any:
         raise invalid("optimizer", allowed, optimizer) from error
 
 
-def check_loss(loss: Any, image_shape: tuple[int, ...]) -> None:
+def check_loss(loss: Any, shape: tuple[int, ...]) -> None:
     """Raises unless a loss gives one value per example, and sums them up."""
     if getattr(loss, "reduction", "sum") in (None, "none"):
         raise ValueError(
             "`loss` must have a reduction, such as 'sum_over_batch_size'. "
             f"Received: {loss} with reduction={loss.reduction!r}"
         )
-    images = ops.zeros((2, *image_shape))
+    images = ops.zeros((2, *shape))
     per_example = getattr(loss, "call", loss)(images, images)
     if tuple(per_example.shape) != (2,):
         raise ValueError(

@@ -1,16 +1,16 @@
 """Guidance distillation (Meng et al., 2022), the paper's baseline."""
 
+from typing import Any
+
 import keras
 
-from keras_mscm.functional.process import Tensor
-from keras_mscm.models.base import Example
-from keras_mscm.models.denoiser import Conditioning
+from keras_mscm.models import distillation
 from keras_mscm.models.diffusion import DiffusionModel
-from keras_mscm.models.teacher import TaughtModel
+from keras_mscm.teachers import Teacher
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
-class GuidanceDistillationModel(TaughtModel, DiffusionModel):
+class GuidanceDistillationModel(DiffusionModel):
     """A diffusion model of a guided teacher: one evaluation instead of two.
 
     Learns the teacher's guided prediction at every time, for one scale. It
@@ -41,11 +41,22 @@ class GuidanceDistillationModel(TaughtModel, DiffusionModel):
         Meng et al., 2022, stage one.
     """
 
-    def training_example(
-        self, images: Tensor, conditioning: Conditioning, training: bool
-    ) -> Example:
-        inputs, _, weight = super().training_example(
-            images, conditioning, training
-        )
-        x_guided, _ = self.teach(inputs["z"], inputs["logsnr"], conditioning)
-        return inputs, x_guided, weight
+    needs_teacher = True
+    from_teacher = classmethod(distillation.from_teacher)
+    attach_teacher = distillation.attach_teacher
+
+    def __init__(
+        self,
+        network: keras.Layer,
+        schedule: Any = None,
+        *,
+        guidance_scale: float = 1.0,
+        **kwargs: Any,
+    ):
+        scale = distillation.check_guidance_scale(guidance_scale)
+        super().__init__(network, schedule, **kwargs)
+        self.guidance_scale = scale
+        self.teacher = Teacher(name="teacher")
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "guidance_scale": self.guidance_scale}

@@ -1,34 +1,152 @@
-"""The moving average of a network's weights (EMA), held by a second network."""
+"""The moving average of a network's weights (EMA), and who holds it."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_mscm import backend
+from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models.sampling import CONDITIONING_DTYPES
+
+Inputs = dict[str, keras.KerasTensor]
+
+
+def averaged(
+    network: keras.Layer, name: str, inputs: Inputs, kept: str | None
+) -> keras.Layer:
+    """What predicts with the moving average of a network's weights.
+
+    Args:
+        network: The network.
+        name: What it is to be called.
+        inputs: The network's inputs, without values.
+        kept: `"auto"`: in a second network, or of a network with LoRA the
+            adapters alone; `"bfloat16"`: the trained weights in that; None: it
+            is the network itself.
+    """
+    if kept is None:
+        return network
+    if kept == "auto" and not has_lora(network):
+        average = clone_network(network, name, inputs)
+    else:
+        dtype = "bfloat16" if kept == "bfloat16" else "float32"
+        average = AveragedWeights(network, dtype, name=name)
+    average.trainable = False
+    return average
+
+
+def has_lora(network: keras.Layer) -> bool:
+    """Whether LoRA is enabled in one of the layers of a network."""
+    layers = network._flatten_layers()
+    return any(getattr(layer, "lora_enabled", False) for layer in layers)
+
+
+class AveragedWeights(keras.layers.Layer):
+    """A network with averages in the place of its trained weights.
+
+    It holds these alone. What isn't trained it shares with the network, so
+    that a large frozen part is held once.
+
+    Args:
+        network: The network, built.
+        dtype: In which the averages are kept.
+        **kwargs: As for any Keras layer.
+
+    Call arguments:
+        inputs: As for the network.
+        training: As for the network, though there is no dropout here.
+
+    Call returns:
+        As the network.
+    """
+
+    def __init__(self, network: keras.Layer, dtype: str, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        # A function, because Keras would track and save the network twice.
+        self._network = lambda: network
+        self.weights_averaged = tuple(network.trainable_weights)
+        self.averages = [
+            self.add_weight(
+                shape=weight.shape,
+                dtype=dtype,
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+                name=f"average_{i}",
+            )
+            for i, weight in enumerate(self.weights_averaged)
+        ]
+        for average, weight in zip(self.averages, self.weights_averaged):
+            average.assign(ops.cast(weight.value, dtype))
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Tensor:
+        network = self._network()
+        # All variables, because within a scope Keras doesn't look at one
+        # around it, in which a compiled step has their values.
+        values = {id(v): (v, v.value) for v in network.variables}
+        for average, weight in zip(self.averages, self.weights_averaged):
+            value = ops.cast(average.value, weight.dtype)
+            values[id(weight)] = weight, value
+        with keras.StatelessScope(state_mapping=values.values()):
+            return network(inputs, training=False)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """What a call reads: the network's, but for what is averaged."""
+        own = {id(weight) for weight in self.weights_averaged}
+        shared = [v for v in self._network().variables if id(v) not in own]
+        return [*super().variables, *shared]
+
+    @property
+    def conditioning(self) -> Any:
+        """What the network is conditioned on."""
+        return self._network().conditioning
+
+    def as_network(self, inputs: Inputs) -> keras.Layer:
+        """A network of its own with the averages as its weights."""
+        network = self._network()
+        clone = clone_network(network, network.name, inputs)
+        places = {id(w): i for i, w in enumerate(network.weights)}
+        for average, weight in zip(self.averages, self.weights_averaged):
+            ours = clone.weights[places[id(weight)]]
+            ours.assign(ops.cast(average.value, ours.dtype))
+        return clone
 
 
 def clone_network(
-    network: keras.Layer, name: str, values: keras.Layer | None = None
+    network: keras.Layer,
+    name: str,
+    inputs: Inputs,
+    values: keras.Layer | None = None,
 ) -> keras.Layer:
     """A second network of the same configuration.
 
-    Its weights are those of `values` (by default `network`). What is trainable
-    in `network` is in the clone; all of it, if `network` as a whole is frozen.
+    What is trainable in `network` is in the clone; all of it, if `network` as
+    a whole is frozen. A network that Keras can't make from its configuration
+    may have a method `clone()`.
+
+    Args:
+        network: The first.
+        name: The second's name.
+        inputs: Symbolic inputs of both.
+        values: What predicts with the weights that the clone is to have;
+            `network` by default.
     """
-    config = {**network.get_config(), "name": name, "trainable": True}
-    clone = type(network).from_config(config)
+    if isinstance(values, AveragedWeights):
+        network = values = values.as_network(inputs)
+    if hasattr(network, "clone"):
+        clone = network.clone()
+        clone.name = name
+    else:
+        config = {**network.get_config(), "name": name, "trainable": True}
+        clone = type(network).from_config(config)
     if not clone.built:
         # Called, as the network was: Keras' `build_from_config` can't always.
-        shapes = network.get_build_config()["input_shape"]
-        clone(
-            {
-                key: keras.KerasTensor(
-                    shape, CONDITIONING_DTYPES.get(key, "float32")
-                )
-                for key, shape in shapes.items()
-            }
-        )
+        clone(inputs)
     if not network.trainable:
         # And so the layers within; by way of False, as TensorFlow's tracking
         # ignores an attribute that is set to what it is.
@@ -39,6 +157,42 @@ def clone_network(
         # A copy: JAX gives buffers away, and these two must not share one.
         ours.assign(ops.copy(theirs.value))
     return clone
+
+
+def pairs(
+    average: keras.Layer, network: keras.Layer
+) -> Iterator[tuple[keras.Variable, keras.Variable]]:
+    """Averages, each with its weight; none where the network is its own."""
+    if average is network:
+        return iter(())
+    if isinstance(average, AveragedWeights):
+        return zip(average.averages, average.weights_averaged, strict=True)
+    return zip(average.weights, network.weights, strict=True)
+
+
+def after_update(model: Any, updates: Tensor, batch: Tensor) -> None:
+    """Moves a model's average after a step.
+
+    Args:
+        model: The model.
+        updates: Updates by that step, 0 or 1.
+        batch: Examples in the step's batch.
+    """
+    decay = model.ema_decay
+    if model.ema_half_life:
+        images = batch * _batches_per_update(model.optimizer)
+        decay = decay_of_half_life(model.ema_half_life, images)
+    decay = decay_at(model.iteration, decay)
+    rate = (1.0 - decay) * ops.cast(updates, "float32")
+    update(model.ema_network, model.network, rate, model.iteration)
+
+
+def _batches_per_update(optimizer: Any) -> int:
+    """Of the size that a replica sees."""
+    # It may be within one that scales the loss.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    _, replicas = backend.replica()
+    return replicas * (optimizer.gradient_accumulation_steps or 1)
 
 
 def decay_at(iteration: Tensor, decay: float | Tensor) -> Tensor:
@@ -58,17 +212,52 @@ def decay_of_half_life(half_life: float, images: Tensor) -> Tensor:
 
 
 def update(
-    average: keras.Layer, network: keras.Layer, rate: float | Tensor
+    average: keras.Layer,
+    network: keras.Layer,
+    rate: float | Tensor,
+    iteration: Tensor = 0,
 ) -> None:
     """Moves the average towards the network by a share of the way.
 
     What isn't trained (counters, statistics) it takes over, whatever the rate;
     and nothing that isn't finite.
+
+    Args:
+        average: What `averaged` made of the network.
+        network: The network.
+        rate: The share.
+        iteration: Updates so far, for what is rounded at random.
     """
-    pairs = [*zip(average.weights, network.weights)]
-    for ours, theirs in pairs:
+    trained = []
+    for i, (ours, theirs) in enumerate(pairs(average, network)):
         if not theirs.trainable:
             finite = ops.isfinite(theirs.value)
             ours.assign(ops.where(finite, theirs.value, ours.value))
-    trained = [pair for pair in pairs if pair[1].trainable]
+        elif ours.dtype == theirs.dtype:
+            trained.append((ours, theirs))
+        else:
+            _move_rounded(ours, theirs, rate, (iteration, i))
     backend.move_towards(trained, rate)
+
+
+def _move_rounded(
+    average: keras.Variable, weight: keras.Variable, rate: Any, seed: tuple
+) -> None:
+    """Moves an average of 8 bits by less than its last one, in the mean.
+
+    Up or down is drawn with the probability that makes the mean right, because
+    to the nearest it would stay where it is for ever.
+    """
+    value = ops.cast(average.value, "float32")
+    step = ops.cast(weight.value, "float32") - value
+    step = ops.where(ops.isfinite(step), step, 0.0)
+    value = value + rate * step
+    place = ops.arange(math.prod(average.shape), dtype="int32")
+    word, _ = F.threefry_2x32(
+        (ops.cast(seed[0], "int32"), seed[1]), (place, ops.zeros_like(place))
+    )
+    draw = ops.cast(word, "float32") * 2.0**-32  # in [-0.5, 0.5)
+    draw = ops.reshape(draw, average.shape)
+    size = ops.maximum(ops.abs(value), 1e-30)
+    last_bit = ops.exp2(ops.floor(ops.log2(size)) - 7.0)
+    average.assign(ops.cast(value + draw * last_bit, average.dtype))

@@ -7,12 +7,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import backend, checks, losses, samplers
+from keras_mscm import backend, checks, losses, samplers, weightings
 from keras_mscm import functional as F
+from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models.base import Example
-from keras_mscm.models.denoiser import Conditioning
-from keras_mscm.models.student import DEFAULT_ETA, StudentModel
+from keras_mscm.models import distillation
+from keras_mscm.models.base import DenoisingModel, Example
+from keras_mscm.models.distillation import DEFAULT_ETA
+from keras_mscm.models.saving import random_states
+from keras_mscm.teachers import Teacher
 
 METHODS = ("distillation", "training")
 REFERENCES = ("online", "ema")
@@ -22,11 +25,12 @@ OF_TEACHER = {
     "eta": DEFAULT_ETA,
     "x_var": None,
     "guidance_scale": 1,
+    "teacher": None,
 }
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
-class MultistepConsistencyModel(StudentModel):
+class MultistepConsistencyModel(DenoisingModel):
     """A model that samples in `student_steps` evaluations (section 3).
 
     Time is cut into `student_steps` segments. Within each the model learns, at
@@ -52,12 +56,28 @@ class MultistepConsistencyModel(StudentModel):
         reference: Which network's prediction at s the target is made of: the
             `"online"` one that is trained (the paper), under the dropout of
             its pass at t, or its moving average, `"ema"`, without dropout.
-        **kwargs: As in `StudentModel`: `integrator`, `eta`, `x_var` and
-            `guidance_scale`, which say how the teacher's steps are taken (so
-            with "distillation" alone), and what `DenoisingModel` takes.
+        guidance_scale: Scale of the teacher's classifier-free guidance, at
+            least 0: 1 is none (the paper's is less by 1). Both of its
+            predictions come from one batched call. This and what follows say
+            how a teacher's steps are taken, so with "distillation" alone.
+        integrator: The teacher's step: a deterministic sampler (`ADDIM()`,
+            the default, `DDIM()`, `Heun()`), or a function of `(x, z_t,
+            logsnr_t, logsnr_s, x_var, denoise)` that returns the `x` with
+            which DDIM takes the step (as `samplers.DDIM.step_x`; where a step
+            gives `z_s`, `inverse_ddim` converts it).
+        eta: Share of the teacher's squared error that aDDIM takes for the
+            posterior variance, in [0, 1]; 0 makes it DDIM (appendix A.1:
+            xvar_frac 0.75). The error is the conditional prediction's, also
+            under guidance.
+        x_var: Function of log-SNR that gives the posterior variance instead,
+            such as `variance.AnalyticVariance()` or a model's `x_var`.
+            `ADDIM(x_var=...)` as the integrator says the same.
+        teacher: What it learns from, as for `attach_teacher`.
+        **kwargs: As in `DenoisingModel`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or has no effect beside
+            the others.
 
     Example:
 
@@ -79,7 +99,10 @@ class MultistepConsistencyModel(StudentModel):
         Multistep Consistency Models, algorithms 1 and 2.
     """
 
-    default_weighting = staticmethod(losses.sqrt_snr_plus_one)
+    default_weighting = staticmethod(weightings.sqrt_snr_plus_one)
+    from_teacher = classmethod(distillation.from_teacher)
+    attach_teacher = distillation.attach_teacher
+    teacher_step = distillation.teacher_step
 
     def __init__(
         self,
@@ -90,17 +113,34 @@ class MultistepConsistencyModel(StudentModel):
         method: str = "distillation",
         teacher_steps: float | Callable[[Tensor], Tensor] = 256,
         reference: str = "online",
+        guidance_scale: float = 1.0,
+        integrator: Any = None,
+        eta: float = DEFAULT_ETA,
+        x_var: samplers.Variance | None = None,
+        teacher: Any = None,
         **kwargs: Any,
     ):
+        student_steps = checks.check_positive_integer(
+            "student_steps", student_steps, 2**20
+        )
         checks.check_choice("method", method, METHODS)
         checks.check_choice("reference", reference, REFERENCES)
         if method == "training":
-            _check_no_teacher(kwargs)
-        super().__init__(
-            network, schedule, student_steps=student_steps, **kwargs
-        )
-        self.method, self.reference = method, reference
+            _check_no_teacher(
+                integrator=integrator,
+                eta=eta,
+                x_var=x_var,
+                guidance_scale=guidance_scale,
+                teacher=teacher,
+            )
+        of_step = distillation.check_teacher_step(integrator, eta, x_var)
+        scale = distillation.check_guidance_scale(guidance_scale)
+        super().__init__(network, schedule, **kwargs)
+        self.student_steps, self.method = student_steps, method
+        self.reference, self.guidance_scale = reference, scale
+        self.integrator, self.eta, self.x_var = of_step
         self.needs_teacher = method == "distillation"
+        self.teacher = Teacher(name="teacher")
         self.teacher_steps = teacher_steps
         # (start, end, iterations) of N_teacher(i). Weights, and not numbers in
         # the compiled step, so that a callback can set them.
@@ -116,6 +156,8 @@ class MultistepConsistencyModel(StudentModel):
         else:
             self._check_teacher_steps("teacher_steps", teacher_steps)
             self.anneal_teacher_steps(teacher_steps, teacher_steps, 1)
+        if teacher is not None:
+            self.attach_teacher(teacher)
 
     def anneal_teacher_steps(
         self, start: float, end: float, iterations: int
@@ -161,6 +203,10 @@ class MultistepConsistencyModel(StudentModel):
             steps = F.teacher_steps(i, start, end, iterations)
         return ops.maximum(ops.round(steps / self.student_steps), 1.0)
 
+    def sampled_with(self, num_steps, sampler, schedule, guidance_scale):
+        asked = num_steps, sampler, schedule, guidance_scale
+        return distillation.own_steps(self.student_steps, *asked, self.schedule)
+
     def default_loss(self) -> keras.losses.Loss:
         return losses.PseudoHuber()
 
@@ -189,7 +235,7 @@ class MultistepConsistencyModel(StudentModel):
         # What the model itself says at s, under the dropout of its pass at t.
         online = training and self.reference == "online"
         network = self.network if online else self.ema_network
-        with backend.rewound(self._seed_states(network)):
+        with backend.rewound(random_states(network)):
             x_ref = self.denoise(network, z_s, logsnr_s, conditioning, online)
 
         target = F.consistency_target(
@@ -204,9 +250,12 @@ class MultistepConsistencyModel(StudentModel):
             teacher_steps = keras.saving.serialize_keras_object(teacher_steps)
         return {
             **super().get_config(),
+            "student_steps": self.student_steps,
             "method": self.method,
             "teacher_steps": teacher_steps,
             "reference": self.reference,
+            "guidance_scale": self.guidance_scale,
+            **distillation.config_of(self),
         }
 
     @classmethod
@@ -217,6 +266,7 @@ class MultistepConsistencyModel(StudentModel):
         if config.get("method") == "training":
             # In that, what says how a teacher's steps are taken had no effect.
             config = {k: v for k, v in config.items() if k not in OF_TEACHER}
+        config = distillation.of_version_0_1(config)
         return super().from_config(config, custom_objects)
 
 
@@ -233,11 +283,10 @@ def _first(teacher_steps: Callable[[Tensor], Tensor]) -> float:
         ) from error
 
 
-def _check_no_teacher(arguments: dict[str, Any]) -> None:
+def _check_no_teacher(**arguments: Any) -> None:
     """Raises if an argument says how a teacher's steps are taken."""
-    for name, default in OF_TEACHER.items():
-        value = arguments.get(name)
-        if value is not None and value != default:
+    for name, value in arguments.items():
+        if value is not None and value != OF_TEACHER[name]:
             raise ValueError(
                 f"`{name}` must not be given with method='training', which "
                 "takes its steps with the images themselves. Received: "

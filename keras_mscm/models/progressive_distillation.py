@@ -1,22 +1,24 @@
 """Progressive distillation (Salimans & Ho, 2022), the paper's baseline."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import keras
 from keras import ops
 
-from keras_mscm import checks, losses
+from keras_mscm import checks, losses, samplers, weightings
 from keras_mscm import functional as F
+from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models.base import Example
-from keras_mscm.models.denoiser import Conditioning
-from keras_mscm.models.moving_average import clone_network
-from keras_mscm.models.student import StudentModel
+from keras_mscm.models import distillation
+from keras_mscm.models.base import DenoisingModel, Example
+from keras_mscm.models.distillation import DEFAULT_ETA
+from keras_mscm.models.moving_average import AveragedWeights, clone_network
+from keras_mscm.teachers import Teacher
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
-class ProgressiveDistillationModel(StudentModel):
+class ProgressiveDistillationModel(DenoisingModel):
     """Halves the number of steps again and again, within one `fit`.
 
     In each stage the model learns to do in one step what its teacher does in
@@ -34,10 +36,11 @@ class ProgressiveDistillationModel(StudentModel):
         teacher_steps: Steps of the first teacher: `student_steps` times a
             power of 2, at least 2.
         iterations_per_stage: Updates in each stage, at least 1.
-        **kwargs: As in `StudentModel`: `integrator`, `eta`, `x_var`, which are
-            those of the first stage's teacher, and what `DenoisingModel`
-            takes. There is no `guidance_scale`: distil a
-            guided teacher by `GuidanceDistillationModel` first.
+        integrator, eta, x_var: How the first stage's teacher takes its steps,
+            as in `MultistepConsistencyModel`. There is no `guidance_scale`:
+            distil a guided teacher by `GuidanceDistillationModel` first.
+        **kwargs: As in `DenoisingModel`, but for `ema`: stages begin with the
+            moving average.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -61,7 +64,10 @@ class ProgressiveDistillationModel(StudentModel):
         Salimans & Ho, 2022, algorithm 2; with aDDIM, the paper's table 3.
     """
 
-    default_weighting = staticmethod(losses.snr_plus_one)
+    default_weighting = staticmethod(weightings.snr_plus_one)
+    guidance_scale = 1.0
+    from_teacher = classmethod(distillation.from_teacher)
+    _first_step = distillation.teacher_step
 
     def __init__(
         self,
@@ -71,6 +77,9 @@ class ProgressiveDistillationModel(StudentModel):
         student_steps: int,
         teacher_steps: int = 512,
         iterations_per_stage: int = 50_000,
+        integrator: Any = None,
+        eta: float = DEFAULT_ETA,
+        x_var: samplers.Variance | None = None,
         **kwargs: Any,
     ):
         student_steps, teacher_steps, iterations_per_stage = (
@@ -88,23 +97,36 @@ class ProgressiveDistillationModel(StudentModel):
                 "2, 4, 8 or another power of 2. Received: teacher_steps="
                 f"{teacher_steps}"
             )
-        guidance_scale = kwargs.pop("guidance_scale", 1.0)
         checks.check_number(
             "guidance_scale",
-            guidance_scale,
+            kwargs.pop("guidance_scale", 1.0),
             1,
             "1, because after the first stage the teacher is a student, which "
             "would be guided again; distil the guided teacher by a "
             "`GuidanceDistillationModel` first",
             high=1,
         )
-        super().__init__(
-            network, schedule, student_steps=student_steps, **kwargs
-        )
+        if kwargs.get("ema", "auto") != "auto":
+            raise checks.invalid(
+                "ema", "'auto', because stages begin with it", kwargs["ema"]
+            )
+        of_step = distillation.check_teacher_step(integrator, eta, x_var)
+        super().__init__(network, schedule, **kwargs)
+        if isinstance(self.ema_network, AveragedWeights):
+            raise ValueError(
+                "`network` must not have LoRA enabled, because each stage's "
+                "teacher is the whole network. Received: one that has"
+            )
+        self.student_steps = student_steps
+        self.integrator, self.eta, self.x_var = of_step
         self.teacher_steps, self.stages = teacher_steps, int(stages)
         self.iterations_per_stage = iterations_per_stage
-        self.teacher.hold(clone_network(network, "teacher_network"))
+        self.teacher = Teacher(name="teacher")
         self.teacher.saved = True
+        self.teacher.hold(
+            clone_network(network, "teacher_network", self.symbolic_inputs()),
+            self.prediction_type,
+        )
 
     def stage(self) -> Tensor:
         """The present stage, an integer scalar from 0."""
@@ -116,17 +138,37 @@ class ProgressiveDistillationModel(StudentModel):
         halvings = ops.cast(self.stage() + 1, "float32")
         return self.teacher_steps / 2.0**halvings
 
-    def teacher_step(self, x, z_t, logsnr_t, logsnr_s, conditioning):
-        x_teacher, x_conditional = self.teach(z_t, logsnr_t, conditioning)
-        x_step = self.integrate(
-            x_teacher, x_conditional, x, z_t, logsnr_t, logsnr_s, conditioning
+    def teacher_step(
+        self,
+        x: Tensor,
+        z_t: Tensor,
+        logsnr_t: Tensor,
+        logsnr_s: Tensor,
+        conditioning: Conditioning,
+    ) -> Tensor:
+        """The `x` with which DDIM takes the teacher's step from t to s."""
+        predicted = self.teacher.predict(z_t, logsnr_t, conditioning)
+        of_first_stage = self._first_step(
+            x,
+            z_t,
+            logsnr_t,
+            logsnr_s,
+            conditioning,
+            predictions=(predicted, predicted),
         )
         # aDDIM corrects a diffusion model's steps. From the second stage on
         # the teacher is a student, whose DDIM steps have learnt that already.
-        return ops.where(self.stage() == 0, x_step, x_teacher)
+        return ops.where(self.stage() == 0, of_first_stage, predicted)
 
     def trained_steps(self) -> int:
+        """Number of steps that the model is trained for at present."""
         return round(float(ops.convert_to_numpy(self.stage_steps())))
+
+    def sampled_with(self, num_steps, sampler, schedule, guidance_scale):
+        asked = num_steps, sampler, schedule, guidance_scale
+        return distillation.own_steps(
+            self.trained_steps(), *asked, self.schedule
+        )
 
     def default_loss(self) -> keras.losses.Loss:
         return losses.SquaredL2()
@@ -174,10 +216,18 @@ class ProgressiveDistillationModel(StudentModel):
                 other.assign(ops.where(ends, average.value, other.value))
 
     def get_config(self) -> dict[str, Any]:
-        config = {
+        return {
             **super().get_config(),
+            "student_steps": self.student_steps,
             "teacher_steps": self.teacher_steps,
             "iterations_per_stage": self.iterations_per_stage,
+            **distillation.config_of(self),
         }
-        del config["guidance_scale"]
-        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> Self:
+        """The inverse of `get_config`, also of version 0.1's."""
+        config = distillation.of_version_0_1(config)
+        return super().from_config(config, custom_objects)

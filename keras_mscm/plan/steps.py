@@ -9,9 +9,9 @@ import keras
 
 from keras_mscm import preset_files, samplers
 from keras_mscm.distribution import UnevenModelParallel, fully_sharded
+from keras_mscm.generator import Generator
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
-from keras_mscm.models.sampling import CONDITIONING_DTYPES
 from keras_mscm.plan import compiler
 from keras_mscm.plan.chips import Slice
 
@@ -153,8 +153,8 @@ def step_of(
 
 
 def _generate(model: Any, noise: Any, conditioning: dict) -> Step:
-    variables = model._sampling_variables()
-    run = model._sampling_function(samplers.DDIM(), model.schedule, False)
+    run = Generator(model, samplers.DDIM())
+    variables = run.variables
 
     def function(values, batch, num_steps, seed):
         with keras.StatelessScope(zip(variables, values)):
@@ -172,14 +172,9 @@ def _generate(model: Any, noise: Any, conditioning: dict) -> Step:
 
 
 def _conditioning(model: Any, batch_size: int) -> dict[str, Any]:
-    shapes = {
-        "labels": (batch_size,),
-        "context": (batch_size, CONTEXT_LENGTH, model.context_width),
-        "context_mask": (batch_size, CONTEXT_LENGTH),
-    }
     return {
-        name: _tensor(shapes[name], CONDITIONING_DTYPES[name])
-        for name in model.conditioning_names
+        name: condition.symbolic(batch_size, CONTEXT_LENGTH)
+        for name, condition in model.conditioning.items()
     }
 
 

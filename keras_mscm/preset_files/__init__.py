@@ -180,7 +180,7 @@ def load_model(
     load_weights: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """What `from_preset` of a model does.
+    """A model from a preset, as with KerasHub.
 
     Args:
         cls: Class that the model must be of. Where the preset holds a subclass
@@ -325,6 +325,8 @@ def save_to_preset(
     task = None
     if hasattr(saved, "ema_network"):
         network, averaged = saved.network, saved.ema_network
+        if hasattr(averaged, "as_network"):
+            averaged = averaged.as_network(saved.symbolic_inputs())
         task = keras.saving.serialize_keras_object(saved)
         # The network has a file of its own, and the model takes its dtype.
         for name in ("network", "dtype"):

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_mscm import DiffusionModel, functional, losses
+from keras_mscm.models.saving import states_of_training
 
 EAGER = keras.backend.backend() == "torch"
 
@@ -118,10 +119,10 @@ def test_generate_evaluate_and_predict_use_the_average(
 ):
     model, images = make_model(), toy_images(4)
     inputs = {"z": images, "logsnr": np.zeros(4, "float32")}
-    seeds = [ops.copy(v.value) for v in model._own_seed_states()]
+    seeds = [ops.copy(v.value) for v in states_of_training(model)]
 
     def results():
-        for state, value in zip(model._own_seed_states(), seeds):
+        for state, value in zip(states_of_training(model), seeds):
             state.assign(ops.copy(value))
         return (
             model.generate(noise=images, num_steps=2),

@@ -379,10 +379,10 @@ def test_a_student_takes_its_teachers_conditioning(
 
 CONTEXT, MASK = sequences(8)
 BAD_CONTEXTS = {
-    "nothing": (None, "NoneType", r"length, context_width"),
+    "nothing": (None, "NoneType", "context_mask"),
     "an array": (CONTEXT, r"\(8, 4, 6\)", "no classes"),
-    "no context": ({"context_mask": MASK}, "NoneType", "context_width"),
-    "no mask": ({"context": CONTEXT}, "NoneType", r"\(8, 4\)"),
+    "no context": ({"context_mask": MASK}, "NoneType", "dictionary by name"),
+    "no mask": ({"context": CONTEXT}, "NoneType", r"\(context_mask\)"),
     "other keys": (
         {"context": CONTEXT, "mask": MASK, "text": MASK},
         r"\['mask', 'text'\]",

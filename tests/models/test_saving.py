@@ -17,6 +17,7 @@ from keras_mscm import (
     samplers,
     schedules,
 )
+from keras_mscm.models.saving import states_of_training
 
 
 def all_state(model, weights_of):
@@ -261,7 +262,7 @@ def test_random_states_are_saved(make_teacher, toy_images, tmp_path):
     assert np.any(state != moved)
     teacher.save(tmp_path / "teacher.keras")
     loaded = keras.saving.load_model(tmp_path / "teacher.keras")
-    states = [m._own_seed_states() for m in (teacher, loaded)]
+    states = [states_of_training(m) for m in (teacher, loaded)]
     assert len(states[0]) == 2  # the model's and the dropout's
     for ours, theirs in zip(*states, strict=True):
         np.testing.assert_array_equal(

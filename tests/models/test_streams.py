@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from keras_mscm import backend, datasets
+from keras_mscm.conditioning import standard
 from keras_mscm.models import data_checks
+from keras_mscm.spaces import Pixels
 from tests.models.data_forms import Batches
 
 NUM, BAD = 6, 4
@@ -289,7 +291,7 @@ def test_a_network_that_is_frozen_is_not_trained(dense_network, make_teacher):
 
 # Devices that share a batch.
 
-SHARED = data_checks.Expected((4, 4, 1), num_classes=3, shares=4)
+SHARED = data_checks.Expected(Pixels((4, 4, 1)), standard(3), shares=4)
 LAST = [(IMAGES, LABELS)] * 2 + [(IMAGES[:6], LABELS[:6])]
 
 

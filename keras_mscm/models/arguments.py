@@ -1,0 +1,265 @@
+"""The arguments of a `DenoisingModel`: checked, completed, written down."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mscm import checks
+from keras_mscm.conditioning import Condition, check_declared, standard
+from keras_mscm.functional import process
+from keras_mscm.models.sampling import check_schedule
+from keras_mscm.schedules import CosineSchedule
+from keras_mscm.spaces import Pixels, Space
+
+EMA_DECAY = 0.9999
+BELOW_1 = math.nextafter(1, 0)
+
+
+def check(
+    network: Any,
+    schedule: Any,
+    prediction_type: Any,
+    weighting: Any,
+    label_dropout: Any,
+    guidable: Any,
+    seed: Any,
+) -> SimpleNamespace:
+    """Raises unless each is what `DenoisingModel` takes, and completes them.
+
+    Returns:
+        `schedule`, `label_dropout` and `seed`, as the model is to have them.
+    """
+    if not isinstance(network, keras.Layer):
+        raise checks.invalid("network", "a Keras layer or model", network)
+    schedule = CosineSchedule() if schedule is None else schedule
+    check_schedule(schedule)
+    checks.check_choice(
+        "prediction_type", prediction_type, process.PREDICTION_TYPES
+    )
+    label_dropout = checks.check_number(
+        "label_dropout", label_dropout, 0, "in [0, 1)", BELOW_1
+    )
+    checks.check_boolean("guidable", guidable)
+    if weighting is not None:
+        checks.check_function(
+            "weighting",
+            weighting,
+            "a function of log-SNR, as those of `keras_mscm.weightings`",
+        )
+    return SimpleNamespace(
+        schedule=schedule,
+        label_dropout=label_dropout,
+        seed=checks.check_seed("seed", seed),
+    )
+
+
+def check_average(ema: Any, ema_decay: Any, ema_half_life: Any) -> None:
+    """Raises unless these say one thing about the moving average."""
+    if ema is not None:
+        checks.check_choice("ema", ema, ("auto", "bfloat16"))
+    checks.check_number("ema_decay", ema_decay, 0, "in [0, 1)", BELOW_1)
+    if ema_half_life is not None:
+        checks.check_positive_number("ema_half_life", ema_half_life)
+    if ema is None and (ema_decay != EMA_DECAY or ema_half_life is not None):
+        raise ValueError(
+            "`ema_decay` and `ema_half_life` must not be given with ema=None, "
+            f"which keeps no average. Received: ema_decay={ema_decay}, "
+            f"ema_half_life={ema_half_life}"
+        )
+
+
+def space_of(network: keras.Layer, space: Any, image_shape: Any) -> Space:
+    """What `x` is, as the arguments and the network say.
+
+    Raises:
+        ValueError: If neither says it, or they disagree.
+    """
+    image_shape = _agreed("image_shape", image_shape, network)
+    if space is None:
+        return Pixels(image_shape)
+    if not isinstance(space, Space):
+        raise checks.invalid(
+            "space", "one of `keras_mscm.spaces`, such as `Box((1,))`", space
+        )
+    if image_shape is not None and tuple(image_shape) != space.shape:
+        raise ValueError(
+            f"`space` must be of the shape {tuple(image_shape)}, as the "
+            f"network or `image_shape` says. Received: {space.shape}"
+        )
+    return space
+
+
+def conditioning_of(
+    network: keras.Layer, conditioning: Any, num_classes: Any, width: Any
+) -> dict[str, Condition]:
+    """What the network takes besides, as the arguments and it itself say.
+
+    Raises:
+        ValueError: If they disagree, or an argument is out of its range.
+    """
+    own = getattr(network, "conditioning", None)
+    if own is not None:
+        own = check_declared("network.conditioning", own)
+    if conditioning is not None:
+        conditioning = check_declared("conditioning", conditioning)
+        if own is not None and own != conditioning:
+            raise ValueError(
+                f"`conditioning` must be what the network says, {own}. "
+                f"Received: {conditioning}"
+            )
+    declared = own if conditioning is None else conditioning
+    theirs = sizes_of(declared or {})
+    sizes = []
+    for name, value, own_size in (
+        ("num_classes", num_classes, theirs[0]),
+        ("context_width", width, theirs[1]),
+    ):
+        value = _agreed(name, value, network)
+        if value is not None:
+            checks.check_positive_integer(name, value, 2**31 - 2)
+            if declared is not None and value != own_size:
+                raise ValueError(
+                    f"`{name}` must be what the conditioning says, {own_size}. "
+                    f"Received: {name}={checks.describe(value)}"
+                )
+        sizes.append(value)
+    return standard(*sizes) if declared is None else declared
+
+
+def sizes_of(declared: dict[str, Condition]) -> tuple[Any, Any]:
+    """`num_classes` and `context_width`, or None where there is none."""
+    labels, context = declared.get("labels"), declared.get("context")
+    return (
+        labels.num_classes if labels is not None else None,
+        context.shape[-1] if context is not None else None,
+    )
+
+
+def check_droppable(
+    declared: dict[str, Condition], label_dropout: float, guidable: bool
+) -> None:
+    """Raises if conditioning is to be left out that can't be."""
+    for name, value in (
+        ("label_dropout", label_dropout),
+        ("guidable", guidable),
+    ):
+        if not value:
+            continue
+        nothing = "0" if name == "label_dropout" else "False"
+        if not declared:
+            raise ValueError(
+                f"`{name}` must be {nothing} for a network without "
+                f"conditioning. Received: {name}={value}"
+            )
+        if not any(condition.can_be_absent for condition in declared.values()):
+            raise ValueError(
+                f"`{name}` must be {nothing} if the network declares nothing "
+                "that says nothing: give one of its conditions a `null`. "
+                f"Received: {name}={value}, conditioning {declared}"
+            )
+
+
+def check_network(
+    network: keras.Layer, space: Space, inputs: dict[str, keras.KerasTensor]
+) -> None:
+    """Builds the network; raises unless it returns what it should.
+
+    Args:
+        network: The network.
+        space: What it should return.
+        inputs: What it is given, without values.
+    """
+    output = network(inputs)
+    if type(network).compute_output_shape is not _NO_SHAPE:
+        # What a layer says of its output, Keras believes without a call.
+        output = _Called(network)(inputs)
+    shape = tuple(getattr(output, "shape", ()))[1:]
+    if shape != space.shape:
+        raise ValueError(
+            f"`network` must return images of the shape of `z`, {space.shape}. "
+            f"Received: a network that returns {shape}"
+        )
+    for layer in _within([network, space.encoder, space.decoder]):
+        # Keras would build a layer that no Keras layer calls (of another
+        # framework, for example) by calling the model on raw images.
+        layer.built = True
+
+
+_NO_SHAPE = keras.Layer.compute_output_shape
+
+
+class _Called(keras.layers.Layer):
+    """Traces a network, whatever it says of its output."""
+
+    def __init__(self, network: keras.Layer):
+        super().__init__()
+        self._call = lambda inputs: network(inputs)
+        self.built = True
+
+    def call(self, inputs: Any) -> Any:
+        return self._call(inputs)
+
+
+def _within(layers: list) -> list[keras.Layer]:
+    found, waiting = {}, [layer for layer in layers if layer is not None]
+    while waiting:
+        layer = waiting.pop()
+        if id(layer) not in found:
+            found[id(layer)] = layer
+            waiting.extend(getattr(layer, "_layers", []))
+    return [*found.values()]
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """The arguments that a model was made with, for Keras' serialisation."""
+    serialize = keras.saving.serialize_keras_object
+    space: Any = model.space
+    config = {
+        "network": serialize(model.network),
+        "schedule": serialize(model.schedule),
+        "prediction_type": model.prediction_type,
+        "weighting": serialize(model.weighting),
+        "image_shape": None,
+        "num_classes": model.num_classes,
+        "context_width": model.context_width,
+        "label_dropout": model.label_dropout,
+        "ema_decay": model.ema_decay,
+        "ema_half_life": model.ema_half_life,
+        "seed": model.seed,
+    }
+    # What version 0.1 doesn't know is written where it is used, so that it
+    # reads the rest.
+    if type(space) is Pixels:
+        config["image_shape"] = space.shape
+    else:
+        config["space"] = serialize(space)
+    declared = dict(model.conditioning)
+    own = getattr(model.network, "conditioning", None)
+    if own is None and declared != standard(*sizes_of(declared)):
+        config["conditioning"] = {k: serialize(v) for k, v in declared.items()}
+    if model.guidable:
+        config["guidable"] = True
+    if model.ema != "auto":
+        config["ema"] = model.ema
+    return config
+
+
+def _agreed(name: str, value: Any, network: keras.Layer) -> Any:
+    """What the network says, or the argument where it doesn't."""
+    own = getattr(network, name, None)
+    if own is None or value is None:
+        return own if value is None else value
+    agree = value == own
+    if name == "image_shape" and isinstance(value, (list, tuple)):
+        agree = tuple(value) == tuple(own)
+    if not (isinstance(agree, (bool, np.bool_)) and agree) or isinstance(
+        value, bool
+    ):
+        raise ValueError(
+            f"`{name}` must be what the network says, {own}. Received: "
+            f"{name}={checks.describe(value)}"
+        )
+    return own
