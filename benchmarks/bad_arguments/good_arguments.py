@@ -358,6 +358,7 @@ def _parts(w: World):
 
 
 def _data(w: World):
+    latents = w.latent_folder  # made now, because nothing starts later
     yield _entry(
         "datasets.ImageBatches",
         datasets.ImageBatches,
@@ -379,6 +380,19 @@ def _data(w: World):
         lambda batches: batches[0],
         [datasets.ImageBatches],
         without=("read", "num_images"),
+    )
+    yield _entry(
+        "datasets.LatentBatches",
+        datasets.LatentBatches,
+        lambda: {"path": latents, "batch_size": 4},
+        lambda batches: batches[0],
+    )
+    yield _entry(
+        "datasets.cache_latents",
+        datasets.cache_latents,
+        lambda: {"images": w.images, "space": w.latents, "path": latents},
+        lambda batches: batches[0],
+        [datasets.LatentBatches],
     )
     # Of sets that aren't there: nothing is to be downloaded for what is bad.
     yield _entry(

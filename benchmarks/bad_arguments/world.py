@@ -13,8 +13,10 @@ from keras_mscm import (
     MultistepConsistencyModel,
     ProgressiveDistillationModel,
     UViT,
+    datasets,
     losses,
     metrics,
+    spaces,
 )
 
 
@@ -135,6 +137,21 @@ class World:
             "context_mask": np.ones((8, 2), "bool"),
         }
         return {"x": self.images, "y": y}
+
+    @functools.cached_property
+    def latents(self):
+        """Latents of half the sides."""
+        return spaces.Latents(
+            (2, 2, 1),
+            keras.layers.AveragePooling2D(2, data_format="channels_last"),
+            image_shape=(4, 4, 1),
+        )
+
+    @functools.cached_property
+    def latent_folder(self):
+        folder = self.folder / "latents"
+        datasets.cache_latents(self.images, self.latents, folder)
+        return folder
 
     @functools.cached_property
     def flatten(self):

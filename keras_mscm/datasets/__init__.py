@@ -10,11 +10,15 @@ from keras_mscm.datasets.emoji_font import EmojiImages, emoji
 from keras_mscm.datasets.folder import from_folder
 from keras_mscm.datasets.image_batches import ImageBatches
 from keras_mscm.datasets.keras_datasets import from_keras
+from keras_mscm.datasets.latent_batches import LatentBatches
+from keras_mscm.datasets.latent_cache import cache_latents
 from keras_mscm.datasets.tfds import from_tfds
 
 __all__ = [
     "EmojiImages",
     "ImageBatches",
+    "LatentBatches",
+    "cache_latents",
     "emoji",
     "from_arrays",
     "from_folder",

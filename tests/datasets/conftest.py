@@ -13,9 +13,11 @@ HERE = Path(__file__).parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Loaders are the same on every backend; a model that trains is not."""
+    """Loaders are the same on every backend; models and encoders are not."""
     for item in items:
-        if HERE in item.path.parents and "train" not in item.fixturenames:
+        if HERE in item.path.parents and not {"train", "space"} & {
+            *item.fixturenames
+        }:
             item.add_marker("once")
 
 
