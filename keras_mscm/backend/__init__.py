@@ -19,6 +19,7 @@ from keras_mscm.backend.devices import (
     replica,
     shares,
 )
+from keras_mscm.backend.forward_mode import jvp
 from keras_mscm.backend.framework import (
     NAME,
     portable,
@@ -29,6 +30,7 @@ from keras_mscm.backend.kernels import (
     projected,
     unpooled,
 )
+from keras_mscm.backend.plain_scope import is_plain, plain, remat
 from keras_mscm.backend.random_states import (
     host_random_states,
     random_state,
@@ -58,16 +60,20 @@ __all__ = [
     "has_several_workers",
     "host_random_states",
     "integer",
+    "is_plain",
     "is_tf_dataset",
+    "jvp",
     "laid_out",
     "lies_on",
     "lies_on_host",
     "move_towards",
     "normalized_attention",
+    "plain",
     "portable",
     "process",
     "projected",
     "random_state",
+    "remat",
     "replica",
     "rewound",
     "run_with_state",

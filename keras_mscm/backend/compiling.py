@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_mscm.backend.devices import gathered
 from keras_mscm.backend.framework import NAME
+from keras_mscm.backend.plain_scope import is_plain
 
 if NAME == "jax":
     import jax
@@ -83,7 +84,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     operation, each of which reads and writes memory. The gradient is a kernel
     too; it computes the function once more, instead of keeping intermediate
     results. JAX fuses without being asked, and PyTorch's compiler may not be
-    installed.
+    installed. In a `plain()` scope nothing is fused.
 
     Args:
         function: Function of tensors, which are positional, and of settings,
@@ -119,6 +120,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     def run(*tensors, **settings):
+        if is_plain():
+            return function(*map(tf.convert_to_tensor, tensors), **settings)
         return kernels(**settings)(*map(tf.convert_to_tensor, tensors))
 
     return run

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_mscm.backend.compiling import fused, platform
 from keras_mscm.backend.framework import NAME
+from keras_mscm.backend.plain_scope import is_plain
 
 if NAME == "jax":
     from keras_mscm.backend import tpu_attention, tpu_layouts
@@ -64,6 +65,8 @@ def normalized_attention(
 
 def _attention() -> Callable:
     """The kernel of attention for this backend and device."""
+    if is_plain():  # because fused kernels have gradients of their own
+        return _by_products
     if _on_tpu():
         return tpu_attention.attention
     return _by_products if NAME == "tensorflow" else _by_keras
@@ -76,7 +79,7 @@ def _by_keras(query, key, value, *, query_scale, epsilons, mask):
 
 
 def _by_products(query, key, value, *, query_scale, epsilons, mask):
-    """For TensorFlow, where Keras has no kernel for attention.
+    """For TensorFlow, where Keras has no kernel for attention, and `plain`.
 
     Axes are transposed once, fused with the normalisation, and not in each of
     Keras' products and of their gradients.
@@ -88,8 +91,20 @@ def _by_products(query, key, value, *, query_scale, epsilons, mask):
     logits = ops.cast(ops.matmul(query, key), "float32")
     if mask is not None:
         logits = ops.where(mask, logits, -1e30)
-    weights = ops.cast(ops.softmax(logits), value.dtype)
+    softmax = _softmax if is_plain() else ops.softmax
+    weights = ops.cast(softmax(logits), value.dtype)
     return ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))
+
+
+def _softmax(logits):
+    """Written out, because PyTorch has no gradient of its forward derivative.
+
+    In PyTorch 2.13 that fails as `logsumexp`, which it contains, overwrites
+    what the gradient needs.
+    """
+    largest = ops.max(logits, axis=-1, keepdims=True)
+    weights = ops.exp(logits - ops.stop_gradient(largest))
+    return weights / ops.sum(weights, axis=-1, keepdims=True)
 
 
 @fused
