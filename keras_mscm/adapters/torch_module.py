@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_mscm import backend, checks
+from keras_mscm import checks
+from keras_mscm.adapters.foreign import (
+    builder_config,
+    check_backend,
+    check_builder,
+    load_arrays,
+    save_arrays,
+    with_builder,
+)
 from keras_mscm.functional.process import Tensor
 
 HALVES = ("bfloat16", "float16")
@@ -86,34 +93,14 @@ class TorchModule(keras.layers.Layer):
         arguments: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
-        check_backend(type(self).__name__)
-        self._check_builder(builder, arguments)
-        arguments = dict(arguments or {})
+        check_backend(type(self).__name__, "torch")
+        arguments = check_builder(builder, arguments)
         if module is None:
             if builder is None:
                 raise checks.invalid("module", "a torch.nn.Module", module)
             module = builder(**arguments)
         self._make(module, None, kwargs)
         self.builder, self.arguments = builder, arguments
-
-    def _check_builder(self, builder: Any, arguments: Any) -> None:
-        if builder is None:
-            if arguments is not None:
-                raise checks.invalid(
-                    "arguments", "None without a `builder`", arguments
-                )
-            return
-        checks.check_function("builder", builder)
-        name = keras.saving.get_registered_name(builder)
-        if keras.saving.get_registered_object(name) is None:
-            raise checks.invalid(
-                "builder",
-                "a function that is known to Keras, by a line above it: "
-                "@keras.saving.register_keras_serializable()",
-                builder,
-            )
-        if arguments is not None and not isinstance(arguments, Mapping):
-            raise checks.invalid("arguments", "a dictionary", arguments)
 
     def _make(
         self, module: Any, real: Callable[[], Any] | None, kwargs: Any
@@ -201,68 +188,51 @@ class TorchModule(keras.layers.Layer):
     def call(
         self, *args: Tensor, training: bool | None = None, **kwargs: Tensor
     ) -> Any:
-        with self._computing(bool(training)):
-            args, kwargs = keras.tree.map_structure(self._cast, (args, kwargs))
-            return self.run(*args, **kwargs)
+        with self._computing(bool(training), (args, kwargs)):
+            values = [self.cast(value) for value in args]
+            named = {name: self.cast(value) for name, value in kwargs.items()}
+            return self.run(*values, **named)
 
     def run(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Calls the module; what a subclass may do in another way."""
         return self.module(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _computing(self, training: bool) -> Iterator[None]:
+    def _computing(self, training: bool, inputs: Any) -> Iterator[None]:
         """The module's mode, and the precision in which it computes."""
         import torch
 
         if self.module.training != training:
             self.module.train(training)
-        if self.compute_dtype not in HALVES or self._is_half():
-            yield
-            return
-        device = next(self.module.parameters()).device.type
-        with torch.autocast(device, getattr(torch, self.compute_dtype)):
-            yield
+        device, held = next(iter(self._tied.values())).value.device, self._held
+        if any(value.is_meta for value in keras.tree.flatten(inputs)):
+            # Keras asks for the shape alone, which need not be computed.
+            self._held = _Held(_OnMeta(self.module))
+        try:
+            if self.compute_dtype not in HALVES or self._is_half():
+                yield
+            else:
+                dtype = getattr(torch, self.compute_dtype)
+                with torch.autocast(device.type, dtype):
+                    yield
+        finally:
+            self._held = held
 
     def _is_half(self) -> bool:
         return self.variable_dtype in HALVES
 
-    def _cast(self, value: Any) -> Any:
-        if not self._is_half() or ops.ndim(value) < 2:
-            return value
-        floats = "float" in keras.backend.standardize_dtype(value.dtype)
-        return ops.cast(value, self.variable_dtype) if floats else value
+    def cast(self, inputs: Any) -> Any:
+        """An input in half precision, if that is the module's."""
+        if not self._is_half():
+            return inputs
 
-    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
-        """The shape and dtype of what a call returns, without computing it."""
-        import torch
+        def half(value):
+            floats = "float" in keras.backend.standardize_dtype(value.dtype)
+            if not floats or ops.ndim(value) < 2:
+                return value
+            return ops.cast(value, self.variable_dtype)
 
-        kwargs.pop("training", None)
-        values = {
-            name: tensor.detach().to("meta")
-            for name, tensor in [
-                *self.module.named_parameters(),
-                *self.module.named_buffers(),
-            ]
-        }
-        shapes = []
-        held, self._held = self._held, _Held(_OnMeta(self.module, values))
-        try:
-            for size in (2, 3):  # for axes of any length
-                inputs = keras.tree.map_structure(
-                    lambda x, size=size: _on_meta(x, size), (args, kwargs)
-                )
-                with torch.no_grad(), self._computing(False):
-                    inputs = keras.tree.map_structure(self._cast, inputs)
-                    shapes.append(self.run(*inputs[0], **inputs[1]))
-        finally:
-            self._held = held
-        return keras.tree.map_structure(
-            lambda one, other: keras.KerasTensor(
-                [a if a == b else None for a, b in zip(one.shape, other.shape)],
-                keras.backend.standardize_dtype(one.dtype),
-            ),
-            *shapes,
-        )
+        return keras.tree.map_structure(half, inputs)
 
     # Copies and files.
 
@@ -294,51 +264,24 @@ class TorchModule(keras.layers.Layer):
 
     def save_own_variables(self, store: Any) -> None:
         """Stores every parameter and buffer, under the module's own names."""
-        for name, variable in self._tied.items():
-            store[name] = ops.convert_to_numpy(variable)
+        save_arrays(self._tied, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Restores what `save_own_variables` stored."""
-        names = {*store.keys()}
-        if names != {*self._tied}:
-            raise ValueError(
-                f"A file for {self.name} must hold its weights. Received: "
-                f"without {sorted({*self._tied} - names)[:5]}, with "
-                f"{sorted(names - {*self._tied})[:5]} besides"
-            )
-        for name, variable in self._tied.items():
-            variable.assign(np.asarray(store[name]))
+        load_arrays(self._tied, store)
 
     def get_config(self) -> dict[str, Any]:
-        if self.builder is None:
-            raise ValueError(
-                "`builder` must be given to TorchModule where a whole model "
-                "or a preset is saved, because a module can only be written "
-                "down as the function that makes it: `TorchModule(module, "
-                "builder=make_module)`. Weights alone need none: "
-                "`save_weights`. Received: builder=None"
-            )
-        return {
-            **super().get_config(),
-            "builder": keras.saving.serialize_keras_object(self.builder),
-            "arguments": self.arguments,
-        }
+        return {**super().get_config(), **builder_config(self)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """The inverse of `get_config`; the parameters are the builder's."""
-        check_backend(cls.__name__)
-        config = dict(config)
-        builder = config.pop("builder", None)
-        if isinstance(builder, dict):
-            builder = keras.saving.deserialize_keras_object(builder)
-        arguments = config.pop("arguments", None) or {}
+        check_backend(cls.__name__, "torch")
+        config = with_builder(config)
+        builder, arguments = config.pop("builder"), config.pop("arguments")
         layer = cls.__new__(cls)
-        layer._check_builder(builder, arguments)
-        if builder is None:
-            raise checks.invalid("builder", "a function", builder)
         layer._build_from(lambda: builder(**arguments), config)
-        layer.builder, layer.arguments = builder, dict(arguments)
+        layer.builder, layer.arguments = builder, arguments
         return layer
 
     def _build_from(self, make: Callable[[], Any], kwargs: Any) -> None:
@@ -354,12 +297,10 @@ class TorchModule(keras.layers.Layer):
 
 
 class _OnMeta:
-    """A module that is called with other tensors for its own."""
+    """A module that is called with shapes for its tensors."""
 
-    training = False
-
-    def __init__(self, module: Any, values: dict[str, Any]):
-        self._module, self._values = module, values
+    def __init__(self, module: Any):
+        self._module = module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -367,17 +308,10 @@ class _OnMeta:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from torch.func import functional_call
 
-        return functional_call(self._module, self._values, args, kwargs)
-
-
-def _on_meta(value: Any, size: int) -> Any:
-    import torch
-
-    if not isinstance(value, keras.KerasTensor):
-        return value
-    shape = [size if axis is None else axis for axis in value.shape]
-    dtype = getattr(torch, keras.backend.standardize_dtype(value.dtype))
-    return torch.empty(shape, dtype=dtype, device="meta")
+        module = self._module
+        named = [*module.named_parameters(), *module.named_buffers()]
+        shapes = {name: tensor.detach().to("meta") for name, tensor in named}
+        return functional_call(module, shapes, args, kwargs)
 
 
 def tensors_of(module: Any) -> dict[str, Any]:
@@ -385,20 +319,3 @@ def tensors_of(module: Any) -> dict[str, Any]:
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     kept = module.state_dict().keys()
     return {name: tensor for name, tensor in named.items() if name in kept}
-
-
-def check_backend(what: str, name: str = "torch") -> None:
-    """Raises unless Keras runs on the framework that is asked for.
-
-    Args:
-        what: What needs it.
-        name: The backend's name.
-
-    Raises:
-        ValueError: If it is another.
-    """
-    if name != backend.NAME:
-        raise ValueError(
-            f"{what} must run on KERAS_BACKEND={name}, because the other "
-            f"framework's modules do. Received: KERAS_BACKEND={backend.NAME}"
-        )
