@@ -65,20 +65,19 @@ clean:
 
 # PyTorch by pip, which takes a CPU build where one is configured. What the
 # metrics are compared with asks for torchvision, which has none, and would bring
-# another PyTorch: so without dependencies.
+# another PyTorch; what the adapters are tested on asks for tensorflow-text, and
+# would bring another TensorFlow: so without dependencies.
 PEERS = torchmetrics==1.9.0 torch-fidelity==0.4.0 clean-fid==0.1.35 \
-	lightning-utilities==0.15.3
+	lightning-utilities==0.15.3 \
+	diffusers==0.42.1 keras-cv==0.9.0 keras-hub==0.32.0
 .venv/.dev: .venv/.demo
 	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
 	$(BIN)/python -m pip install -q '$(TORCH)'
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps $(PEERS)
 	touch $@
 
-# What speed is compared with. Without what they ask for and don't need here:
-# torchvision and a second TensorFlow.
+# What speed is compared with, besides; without torchvision, which it asks for.
 .venv/.bench: .venv/.dev
-	$(BIN)/python -m pip install -q --no-deps diffusers \
-		denoising-diffusion-pytorch keras-hub
-	$(BIN)/uv pip install -q --python $(BIN)/python einops huggingface-hub \
-		importlib-metadata pillow regex requests safetensors tokenizers tqdm
+	$(BIN)/python -m pip install -q --no-deps denoising-diffusion-pytorch
+	$(BIN)/uv pip install -q --python $(BIN)/python einops
 	touch $@

@@ -1,5 +1,6 @@
 """Checks of the adapters' arguments."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_mscm import checks
@@ -33,3 +34,21 @@ def check_table(time: str, alphas_cumprod: Any) -> tuple[float, ...] | None:
             )
         return None
     return P.check_alphas_cumprod(alphas_cumprod)
+
+
+def check_nulls(nulls: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Raises unless `nulls` is a dictionary of all these names, or None."""
+    if nulls is None:
+        return {}
+    if not isinstance(nulls, Mapping) or {*nulls} != {*names}:
+        raise checks.invalid(
+            "null_conditioning", f"a dictionary of {(*names,)}, or None", nulls
+        )
+    return dict(nulls)
+
+
+def missing(what: str, extra: str) -> ImportError:
+    """The error for a library that an adapter needs and that isn't there."""
+    return ImportError(
+        f"{what} must be installed: `pip install 'keras-mscm[{extra}]'`."
+    )

@@ -68,6 +68,8 @@ class AdaptedNetwork(keras.Model):
             says nothing is held as an untrained weight.
         constants: What it takes besides, by its names: arrays of one example,
             without the batch's axis; held as untrained weights.
+        float32_layers: Names of the network's layers that are to run in
+            float32 whatever its policy: those that embed time.
         **kwargs: As for any Keras model.
 
     Call arguments:
@@ -121,6 +123,7 @@ class AdaptedNetwork(keras.Model):
         names: Mapping[str, str] | Sequence[str] | None = None,
         conditioning: Mapping[str, Condition] | None = None,
         constants: Mapping[str, Any] | None = None,
+        float32_layers: Sequence[str] = (),
         **kwargs: Any,
     ):
         if not isinstance(network, keras.Layer):
@@ -129,6 +132,9 @@ class AdaptedNetwork(keras.Model):
         # The network casts for itself; what is done before must not be cast.
         super().__init__(autocast=False, **kwargs)
         self.network = network
+        self.float32_layers = tuple(float32_layers)
+        for layer_name in self.float32_layers:
+            _run_in_float32(network.get_layer(layer_name))
         self.image_shape = arguments.check_sizes("image_shape", image_shape)
         self.process = checks.check_choice("process", process, PROCESSES)
         self.time = checks.check_choice("time", time, TIMES)
@@ -315,6 +321,7 @@ class AdaptedNetwork(keras.Model):
             "time_width": self.time_width,
             "names": dict(names) if isinstance(names, Mapping) else [*names],
             "constants": constants,
+            "float32_layers": self.float32_layers,
         }
 
     def get_config(self) -> dict[str, Any]:
@@ -368,6 +375,11 @@ def _from_description(description: dict[str, Any]) -> Condition:
     if shape is not None:
         config["null"] = np.zeros(shape, "float32")
     return Condition.from_config(config)
+
+
+def _run_in_float32(layer: keras.Layer) -> None:
+    for part in layer._flatten_layers():
+        part.dtype_policy = "float32"
 
 
 def _clone_of(network: keras.Layer) -> keras.Layer:
