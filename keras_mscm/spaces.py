@@ -14,6 +14,9 @@ from keras import ops
 from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
 
+#: Between which an encoder's log-variance is taken, as in Stable Diffusion.
+LOG_VARIANCE = (-30.0, 20.0)
+
 
 class Space:
     """What every space knows; make a `Pixels`, a `Box` or a `Latents`.
@@ -24,6 +27,7 @@ class Space:
             posterior variance begins with.
         image_shape: Height, width and channels of the pictures that samples
             come out as; None if they are no pictures.
+        picture_shape: Of the pictures that an encoder takes; None without.
         encoder: Layer that makes `x` of pictures, or None.
         decoder: Layer that makes pictures of `x`, or None.
     """
@@ -31,6 +35,7 @@ class Space:
     shape: tuple[int, ...]
     variance: float
     image_shape: tuple[int, ...] | None = None
+    picture_shape: tuple[int, ...] | None = None
     encoder: keras.Layer | None = None
     decoder: keras.Layer | None = None
 
@@ -249,7 +254,7 @@ class Latents(Space):
                 f"only then. Received: image_shape={image_shape}"
             )
         self.encoder, self.decoder = encoder, decoder
-        self._pictures = image_shape
+        self.picture_shape = image_shape
         self.image_shape = None if decoder is None else image_shape
 
     def takes_pictures(self, x: Any) -> bool:
@@ -260,7 +265,7 @@ class Latents(Space):
     def check(self, name: str, x: Any, values: bool = True) -> None:
         if self.takes_pictures(x):
             check = checks.check_images if values else checks.check_image_shape
-            check(name, x, self._pictures)
+            check(name, x, self.picture_shape)
             return
         _check_shape(name, x, self.shape)
         if values:
@@ -291,8 +296,7 @@ class Latents(Space):
         if encoded.shape[-1] == 2 * self.shape[-1]:
             encoded, log_variance = ops.split(encoded, 2, axis=-1)
             if draw is not None:
-                # The bounds of Stable Diffusion's autoencoders.
-                log_variance = ops.clip(log_variance, -30.0, 20.0)
+                log_variance = ops.clip(log_variance, *LOG_VARIANCE)
                 noise = draw(ops.shape(encoded))
                 encoded = encoded + ops.exp(log_variance / 2) * noise
         if tuple(encoded.shape[1:]) != self.shape:
@@ -329,7 +333,7 @@ class Latents(Space):
             "decoder": serialize(self.decoder),
             "scale": self.scale,
             "shift": self.shift,
-            "image_shape": self._pictures,
+            "image_shape": self.picture_shape,
         }
 
 

@@ -35,12 +35,10 @@ from keras_mscm.datasets.latent_batches import (
     open_file,
     read_manifest,
 )
-from keras_mscm.spaces import Latents
+from keras_mscm.spaces import LOG_VARIANCE, Latents
 
 #: Images that are looked at to recognise a data set.
 SAMPLED = 64
-#: What the log-variance is clipped to, as in `Latents.of_encoded`.
-LOG_VARIANCE = -30.0, 20.0
 TEMPORARY = r"\.latents-\w+\.tmp"
 
 

@@ -182,10 +182,21 @@ def check_network(
             f"`network` must return images of the shape of `z`, {space.shape}. "
             f"Received: a network that returns {shape}"
         )
+    _build_codec(space)
     for layer in _within([network, space.encoder, space.decoder]):
         # Keras would build a layer that no Keras layer calls (of another
         # framework, for example) by calling the model on raw images.
         layer.built = True
+
+
+def _build_codec(space: Space) -> None:
+    """Builds an encoder and a decoder that aren't yet."""
+    for layer, shape in (
+        (space.encoder, space.picture_shape),
+        (space.decoder, space.shape),
+    ):
+        if layer is not None and not layer.built:
+            layer(keras.KerasTensor((None, *(shape or ())), "float32"))
 
 
 _NO_SHAPE = keras.Layer.compute_output_shape

@@ -87,7 +87,6 @@ class DenoisingModel(keras.Model):
     default_weighting: ClassVar[Callable[[Tensor], Tensor]]
     #: Whether `fit` needs a teacher to be attached.
     needs_teacher: bool = False
-    teacher: Any = None
 
     def __init__(
         self,
@@ -140,7 +139,11 @@ class DenoisingModel(keras.Model):
         self.seed_generator = backend.seed_generator(self.seed)
         self._compiled_samplers: dict[tuple, Callable] = {}
         # The codec of latents is part of the model's state, untrained.
+        for codec in (space.encoder, space.decoder):
+            if codec is not None:
+                codec.trainable = False
         self.encoder, self.decoder = space.encoder, space.decoder
+        self.teacher: Any = None
 
         arguments.check_network(network, space, self.symbolic_inputs())
         self.ema_network = moving_average.averaged(
@@ -218,8 +221,8 @@ class DenoisingModel(keras.Model):
             raise ValueError(
                 f"`{name}` must not be given: guidance needs a model that was "
                 "trained with label_dropout > 0 to do without its "
-                "conditioning, or elsewhere (`guidable=True`). Received: "
-                f"{name}={value}"
+                "conditioning, or elsewhere (`guidable=True`; an adapter's "
+                f"`null_conditioning`). Received: {name}={value}"
             )
 
     # Prediction.

@@ -162,7 +162,7 @@ class ResNetBlock(keras.layers.Layer):
             h = self.dropout(h, training=training, state=state)
             return x + self.conv_2(h)
 
-        run = keras.remat(block) if self.remat and training else block
+        run = backend.remat(block) if self.remat and training else block
         maps, embedding = inputs
         return run(backend.laid_out(maps), embedding)
 
@@ -325,7 +325,7 @@ class TransformerBlock(keras.layers.Layer):
             h = _modulated(h, scale, shift, *drop, rate=self.dropout.rate)
             return x + self.mlp_output(h)
 
-        run = keras.remat(block) if self.remat and training else block
+        run = backend.remat(block) if self.remat and training else block
         _, height, width, channels = maps.shape
         places = ops.reshape(maps, (-1, height * width, channels))
         places = run(places, embedding, *tokens)
