@@ -74,9 +74,9 @@ def _logsnr(two_modes, times):
 
 
 def test_drawn_trajectories_end_where_generate_does(two_modes):
-    teacher = DiffusionModel(two_modes.make_network(), image_shape=(1, 1, 1))
+    teacher = DiffusionModel(two_modes.make_network(), space=two_modes.SPACE)
     student = MultistepConsistencyModel.from_teacher(teacher, student_steps=4)
-    noise = np.linspace(-1, 1, 6, dtype="float32").reshape(-1, 1, 1, 1)
+    noise = np.linspace(-1, 1, 6, dtype="float32").reshape(-1, 1)
     path = two_modes.trajectories(student, noise, 4)
     assert path.shape == (len(two_modes.TIMES), 6)
     np.testing.assert_array_equal(path[0], noise.ravel())
