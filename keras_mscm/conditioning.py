@@ -146,9 +146,11 @@ class Condition:
         if self.num_classes is not None:
             checks.check_labels(name, value, self.num_classes)
             return
-        allowed = f"an array of {self.dtype}, {_axes(self.shape)}"
+        # A stored null stands in its place, and so says its length.
+        shape = tuple(getattr(self.null, "shape", ())) or self.shape
+        allowed = f"an array of {self.dtype}, {_axes(shape)}"
         if not checks.is_array(value) or not _fits(
-            tuple(value.shape[1:]), self.shape
+            tuple(value.shape[1:]), shape
         ):
             raise checks.invalid(name, allowed, value)
         kind = keras.backend.standardize_dtype(value.dtype)
@@ -189,10 +191,8 @@ class Condition:
 
     def __repr__(self) -> str:
         shape = f"shape={self.shape}, dtype={self.dtype!r}"
-        classes = (
-            f", num_classes={self.num_classes}" if self.num_classes else ""
-        )
-        return f"Condition({shape}{classes})"
+        classes = self.num_classes and f", num_classes={self.num_classes}"
+        return f"Condition({shape}{classes or ''})"
 
 
 Declared: TypeAlias = Mapping[str, Condition]

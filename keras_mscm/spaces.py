@@ -253,6 +253,12 @@ class Latents(Space):
                 "`image_shape` must be given with an encoder or a decoder, and "
                 f"only then. Received: image_shape={image_shape}"
             )
+        if encoder is not None and image_shape == self.shape:
+            raise ValueError(
+                "`image_shape` must differ from the latents' `shape` with an "
+                "encoder, because a batch's shape says what it is made of. "
+                f"Received: both {image_shape}"
+            )
         self.encoder, self.decoder = encoder, decoder
         self.picture_shape = image_shape
         self.image_shape = None if decoder is None else image_shape

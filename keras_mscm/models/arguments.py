@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mscm import checks
+from keras_mscm import checks, lora
 from keras_mscm.conditioning import Condition, check_declared, standard
 from keras_mscm.functional import process
 from keras_mscm.models.sampling import check_schedule
@@ -132,9 +132,10 @@ def conditioning_of(
 def sizes_of(declared: dict[str, Condition]) -> tuple[Any, Any]:
     """`num_classes` and `context_width`, or None where there is none."""
     labels, context = declared.get("labels"), declared.get("context")
+    shape = () if context is None else context.shape
     return (
         labels.num_classes if labels is not None else None,
-        context.shape[-1] if context is not None else None,
+        shape[-1] if len(shape) == 2 else None,
     )
 
 
@@ -182,21 +183,41 @@ def check_network(
             f"`network` must return images of the shape of `z`, {space.shape}. "
             f"Received: a network that returns {shape}"
         )
-    _build_codec(space)
+    _check_codec(space)
     for layer in _within([network, space.encoder, space.decoder]):
         # Keras would build a layer that no Keras layer calls (of another
         # framework, for example) by calling the model on raw images.
         layer.built = True
 
 
-def _build_codec(space: Space) -> None:
-    """Builds an encoder and a decoder that aren't yet."""
-    for layer, shape in (
-        (space.encoder, space.picture_shape),
-        (space.decoder, space.shape),
+def _check_codec(space: Space) -> None:
+    """Builds encoder and decoder; raises unless they suit their space."""
+    pictures = space.picture_shape or ()
+    *size, channels = space.shape
+    moments = (*size, 2 * channels)
+    latents = f"latents of shape {space.shape}, or of twice its channels"
+    for name, layer, shape, allowed, what in (
+        ("encoder", space.encoder, pictures, (space.shape, moments), latents),
+        (
+            "decoder",
+            space.decoder,
+            space.shape,
+            (pictures,),
+            f"pictures of image_shape={pictures}",
+        ),
     ):
-        if layer is not None and not layer.built:
-            layer(keras.KerasTensor((None, *(shape or ())), "float32"))
+        if layer is None:
+            continue
+        given = keras.KerasTensor((None, *shape), "float32")
+        if not layer.built:
+            layer(given)
+        output = _Called(layer, training=False)(given)
+        shape = tuple(getattr(output, "shape", ()))[1:]
+        if shape not in allowed:
+            raise ValueError(
+                f"`{name}` must return {what}. Received: a layer that returns "
+                f"{shape}"
+            )
 
 
 _NO_SHAPE = keras.Layer.compute_output_shape
@@ -205,9 +226,9 @@ _NO_SHAPE = keras.Layer.compute_output_shape
 class _Called(keras.layers.Layer):
     """Traces a network, whatever it says of its output."""
 
-    def __init__(self, network: keras.Layer):
+    def __init__(self, network: keras.Layer, **kwargs: Any):
         super().__init__()
-        self._call = lambda inputs: network(inputs)
+        self._call = lambda inputs: network(inputs, **kwargs)
         self.built = True
 
     def call(self, inputs: Any) -> Any:
@@ -222,6 +243,44 @@ def _within(layers: list) -> list[keras.Layer]:
             found[id(layer)] = layer
             waiting.extend(getattr(layer, "_layers", []))
     return [*found.values()]
+
+
+def enable_lora(
+    network: keras.Layer, lora_rank: Any, lora_targets: Any
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """Gives a network adapters, if there is a rank.
+
+    Returns:
+        The two arguments.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if lora_rank is None:
+        if lora_targets is not None:
+            raise ValueError(
+                "`lora_targets` must not be given without `lora_rank`, which "
+                f"adapters need. Received: lora_targets={lora_targets}"
+            )
+        return None, None
+    lora.enable(network, lora_rank, lora_targets)
+    return int(lora_rank), lora_targets and tuple(lora_targets)
+
+
+def check_guidable(model: Any, name: str, value: Any) -> None:
+    """Raises unless the model can do without its conditioning.
+
+    Args:
+        name: What asks for guidance, as a message is to call it.
+        value: What came.
+    """
+    if not (model.label_dropout or model.guidable):
+        raise ValueError(
+            f"`{name}` must not be given: guidance needs a model that was "
+            "trained with label_dropout > 0 to do without its conditioning, or "
+            "elsewhere (`guidable=True`; an adapter's `null_conditioning`). "
+            f"Received: {name}={value}"
+        )
 
 
 def config_of(model: Any) -> dict[str, Any]:
@@ -255,6 +314,9 @@ def config_of(model: Any) -> dict[str, Any]:
         config["guidable"] = True
     if model.ema != "auto":
         config["ema"] = model.ema
+    if model.lora_rank is not None:
+        config["lora_rank"] = model.lora_rank
+        config["lora_targets"] = model.lora_targets
     return config
 
 

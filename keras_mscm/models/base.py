@@ -66,6 +66,11 @@ class DenoisingModel(keras.Model):
             `(1 + i) / (10 + i)` holds where it is smaller.
         ema_half_life: The moving average's half-life in images, instead of
             `ema_decay`: independent of the batch size.
+        lora_rank: Rank of adapters (LoRA) that are trained in place of the
+            network, which is frozen; None for none. A student then shares its
+            teacher's weights.
+        lora_targets: Which dense layers get them, by what their paths contain;
+            all by default.
         seed: Seed of times and noise, an integer in 0..2**31 - 3. None draws
             one, from what `keras.utils.set_random_seed` seeds.
         **kwargs: As for any Keras model.
@@ -105,6 +110,8 @@ class DenoisingModel(keras.Model):
         ema: str | None = "auto",
         ema_decay: float = arguments.EMA_DECAY,
         ema_half_life: float | None = None,
+        lora_rank: int | None = None,
+        lora_targets: Sequence[str] | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -146,6 +153,9 @@ class DenoisingModel(keras.Model):
         self.teacher: Any = None
 
         arguments.check_network(network, space, self.symbolic_inputs())
+        self.lora_rank, self.lora_targets = arguments.enable_lora(
+            network, lora_rank, lora_targets
+        )
         self.ema_network = moving_average.averaged(
             network, f"{network.name}_ema", self.symbolic_inputs(), ema
         )
@@ -187,6 +197,9 @@ class DenoisingModel(keras.Model):
     generate, check_generate = sampling.generate, sampling.check_generate
     from_preset = classmethod(preset_files.load_model)
     save_to_preset = preset_files.save_to_preset
+    save_lora, load_lora = saving.save_lora, saving.load_lora
+    merged_network = saving.merged_network
+    check_guidable = arguments.check_guidable
     save_own_variables = saving.save_own_variables
     load_own_variables = saving.load_own_variables
     from_config = classmethod(saving.from_config)
@@ -209,21 +222,6 @@ class DenoisingModel(keras.Model):
             ValueError: If the model can't be sampled so.
         """
         raise NotImplementedError
-
-    def check_guidable(self, name: str, value: Any) -> None:
-        """Raises unless the model can do without its conditioning.
-
-        Args:
-            name: What asks for guidance, as a message is to call it.
-            value: What came.
-        """
-        if not (self.label_dropout or self.guidable):
-            raise ValueError(
-                f"`{name}` must not be given: guidance needs a model that was "
-                "trained with label_dropout > 0 to do without its "
-                "conditioning, or elsewhere (`guidable=True`; an adapter's "
-                f"`null_conditioning`). Received: {name}={value}"
-            )
 
     # Prediction.
 
@@ -357,7 +355,8 @@ class DenoisingModel(keras.Model):
     def _example(self, data: Any, training: bool) -> Example:
         images, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         images = ops.cast(images, "float32")
-        images = self.space.encode(images, training and self.draw_normal)
+        draw = self.draw_normal if training else None
+        images = self.space.encode(images, draw)
         given = conditioning.as_dictionary(y)
         given = conditioning.cast(self.conditioning, given)
         if training and self.label_dropout:
@@ -387,7 +386,8 @@ class DenoisingModel(keras.Model):
     def _after_update(self, before: Tensor, batch: Tensor) -> None:
         # 0 for all but the last of the batches of a gradient accumulation.
         updates = self.optimizer.iterations - before
-        moving_average.after_update(self, updates, batch)
+        if self.ema_network is not self.network:
+            moving_average.after_update(self, updates, batch)
         self.iteration.assign_add(ops.cast(updates, "int32"))
 
     def get_config(self) -> dict[str, Any]:
