@@ -161,6 +161,8 @@ def _stable_diffusion_3(
     core: Any, null_conditioning: Mapping[str, Any] | None
 ) -> AdaptedNetwork:
     nulls = check_nulls(null_conditioning, ("context", "pooled"))
+    # Without a mask, what says nothing has the length of every prompt.
+    length = np.shape(nulls["context"])[0] if nulls else None
     return AdaptedNetwork(
         core.diffuser,
         tuple(core.latent_shape[1:]),
@@ -176,7 +178,7 @@ def _stable_diffusion_3(
         },
         conditioning={
             "context": Condition(
-                (None, core.t5_hidden_dim), null=nulls.get("context")
+                (length, core.t5_hidden_dim), null=nulls.get("context")
             ),
             "pooled": Condition(
                 (core.clip_hidden_dim,), null=nulls.get("pooled")

@@ -1,3 +1,5 @@
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -171,3 +173,11 @@ def test_saved_and_loaded_it_samples_the_same(model, tmp_path):
 def test_what_is_no_model_of_keras_cv_is_refused(stable_diffusion):
     with pytest.raises(ValueError, match="`model` must be StableDiffusion of"):
         from_keras_cv(stable_diffusion.diffusion_model)
+
+
+def test_without_keras_cv_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "keras_cv", None)
+    path = "keras_cv.src.models.stable_diffusion"
+    monkeypatch.setitem(sys.modules, path, None)
+    with pytest.raises(ImportError, match=r"pip install 'keras-mscm\[keras-cv"):
+        stable_diffusion_grid(4)

@@ -1,3 +1,5 @@
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -265,3 +267,11 @@ def test_what_is_lacking_is_said(core):
         from_keras_hub(flux(guidance_embed=True), grid=(2, 3))
     with pytest.raises(ValueError, match="`grid` must have 6 places"):
         from_keras_hub(flux())
+
+
+def test_without_kerashub_the_error_says_how_to_install_it(core, monkeypatch):
+    monkeypatch.setitem(sys.modules, "keras_hub", None)
+    with pytest.raises(
+        ImportError, match=r"pip install 'keras-mscm\[keras-hub"
+    ):
+        from_keras_hub(core)
