@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_mscm import datasets, metrics
-from keras_mscm.callbacks.atomic_file import write_atomically
+from keras_mscm.atomic_file import write_atomically
 
 HELD_OUT = 8  # one in so many emoji
 

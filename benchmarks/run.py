@@ -40,7 +40,7 @@ from keras_mscm import (
     samplers,
 )
 from keras_mscm.callbacks import ResumeTraining, TeacherStepAnneal
-from keras_mscm.callbacks.atomic_file import write_atomically
+from keras_mscm.atomic_file import write_atomically
 from keras_mscm.schedules import KarrasSchedule
 
 FOLDER = Path(__file__).parent

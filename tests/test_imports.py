@@ -19,12 +19,12 @@ every_file = pytest.mark.parametrize(
 
 # Imports run downwards only, from a later floor to an earlier one.
 FLOORS = [
-    {"checks"},
+    {"checks", "atomic_file"},
     {"functional", "backend", "preset_files"},
     {"conditioning"},
     {"networks"},
     {"schedules", "losses", "weightings", "samplers", "variance", "spaces"},
-    {"teachers", "generator"},
+    {"teachers", "generator", "lora"},
     {"models"},
     {"adapters", "callbacks", "metrics", "datasets", "distribution", "presets"},
     {"plan"},

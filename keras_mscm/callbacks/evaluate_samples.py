@@ -14,8 +14,8 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import checks
+from keras_mscm.atomic_file import write_atomically
 from keras_mscm.callbacks import own_files
-from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
 
 SUFFIX = ".weights.h5"

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from keras_mscm import checks
+from keras_mscm.atomic_file import write_atomically
 from keras_mscm.callbacks import own_files
-from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.callbacks.sampling_callback import SamplingCallback
 
 NAMES = r"\d{8,}\.png"

@@ -19,8 +19,8 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import backend, checks
+from keras_mscm.atomic_file import write_atomically
 from keras_mscm.callbacks import own_files
-from keras_mscm.callbacks.atomic_file import write_atomically
 from keras_mscm.models import DenoisingModel
 
 NAMES = r"\d{8,}\.keras"

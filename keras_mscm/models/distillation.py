@@ -8,11 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mscm import checks, samplers
+from keras_mscm import checks, lora, samplers
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.moving_average import clone_network
+from keras_mscm.teachers import Teacher
 from keras_mscm.variance import ErrorShare
 
 DEFAULT_ETA = 0.75
@@ -36,7 +37,9 @@ def from_teacher(
             what happens to the other.
         copy: Whether the student's teacher is a second copy of that network.
             False saves its memory: the teacher's own network is held, and
-            frozen.
+            frozen. With `lora_rank` the student's network without its adapters
+            is its teacher, so that there is one copy, or with False none: the
+            teacher's own network then gets the adapters.
         **kwargs: As for the constructor.
 
     Returns:
@@ -61,19 +64,33 @@ def from_teacher(
         "conditioning": _own_conditioning(teacher),
         **kwargs,
     }
-    student = cls(
-        clone_network(
+    checks.check_boolean("copy", copy)
+    shared = kwargs.get("lora_rank") is not None
+    network = teacher.ema_network
+    if copy or not shared:
+        network = clone_network(
             teacher.network,
             teacher.network.name,
             teacher.symbolic_inputs(),
-            teacher.ema_network,
-        ),
-        arguments.pop("schedule", teacher.schedule),
-        **arguments,
+            network,
+        )
+    student = cls(
+        network, arguments.pop("schedule", teacher.schedule), **arguments
     )
-    if student.needs_teacher:
+    if student.needs_teacher and not shared:
         student.attach_teacher(teacher, copy=copy)
+    elif student.needs_teacher and student.guidance_scale != 1:
+        teacher.check_guidable("guidance_scale", student.guidance_scale)
     return student
+
+
+def own_base(model: Any) -> Teacher:
+    """A model's teacher, before it has one: with LoRA the network without."""
+    teacher = Teacher(name="teacher")
+    if model.lora_rank is not None:
+        base = lora.WithoutAdapters(model.network, name="without_adapters")
+        teacher.hold(base, model.prediction_type, model.conditioning)
+    return teacher
 
 
 def _own_conditioning(teacher: DiffusionModel) -> Any:

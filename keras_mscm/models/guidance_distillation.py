@@ -6,7 +6,6 @@ import keras
 
 from keras_mscm.models import distillation
 from keras_mscm.models.diffusion import DiffusionModel
-from keras_mscm.teachers import Teacher
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -56,7 +55,7 @@ class GuidanceDistillationModel(DiffusionModel):
         scale = distillation.check_guidance_scale(guidance_scale)
         super().__init__(network, schedule, **kwargs)
         self.guidance_scale = scale
-        self.teacher = Teacher(name="teacher")
+        self.teacher = distillation.own_base(self)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "guidance_scale": self.guidance_scale}

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, lora
 from keras_mscm import functional as F
 from keras_mscm.functional.process import Tensor
 
@@ -29,19 +29,13 @@ def averaged(
     """
     if kept is None:
         return network
-    if kept == "auto" and not has_lora(network):
+    if kept == "auto" and not lora.adapted(network):
         average = clone_network(network, name, inputs)
     else:
         dtype = "bfloat16" if kept == "bfloat16" else "float32"
         average = AveragedWeights(network, dtype, name=name)
     average.trainable = False
     return average
-
-
-def has_lora(network: keras.Layer) -> bool:
-    """Whether LoRA is enabled in one of the layers of a network."""
-    layers = network._flatten_layers()
-    return any(getattr(layer, "lora_enabled", False) for layer in layers)
 
 
 class AveragedWeights(keras.layers.Layer):
@@ -65,9 +59,9 @@ class AveragedWeights(keras.layers.Layer):
 
     def __init__(self, network: keras.Layer, dtype: str, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
-        # A function, because Keras would track and save the network twice.
-        self._network = lambda: network
-        self.weights_averaged = tuple(network.trainable_weights)
+        weights = tuple(network.trainable_weights)
+        # Functions, because Keras would track and save the network twice.
+        self._network, self._weights_averaged = lambda: network, lambda: weights
         self.averages = [
             self.add_weight(
                 shape=weight.shape,
@@ -80,7 +74,7 @@ class AveragedWeights(keras.layers.Layer):
             for i, weight in enumerate(self.weights_averaged)
         ]
         for average, weight in zip(self.averages, self.weights_averaged):
-            average.assign(ops.cast(weight.value, dtype))
+            average.assign(ops.copy(ops.cast(weight.value, dtype)))
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
@@ -95,6 +89,11 @@ class AveragedWeights(keras.layers.Layer):
             return network(inputs, training=False)
 
     @property
+    def weights_averaged(self) -> tuple[keras.Variable, ...]:
+        """The network's weights that there are averages of."""
+        return self._weights_averaged()
+
+    @property
     def variables(self) -> list[keras.Variable]:
         """What a call reads: the network's, but for what is averaged."""
         own = {id(weight) for weight in self.weights_averaged}
@@ -104,7 +103,7 @@ class AveragedWeights(keras.layers.Layer):
     @property
     def conditioning(self) -> Any:
         """What the network is conditioned on."""
-        return self._network().conditioning
+        return getattr(self._network(), "conditioning", None)
 
     def as_network(self, inputs: Inputs) -> keras.Layer:
         """A network of its own with the averages as its weights."""
@@ -152,6 +151,7 @@ def clone_network(
         # ignores an attribute that is set to what it is.
         clone.trainable = False
         clone.trainable = True
+    lora.like(clone, network)
     values = network if values is None else values
     for theirs, ours in zip(values.weights, clone.weights, strict=True):
         # A copy: JAX gives buffers away, and these two must not share one.

@@ -15,7 +15,6 @@ from keras_mscm.models import distillation
 from keras_mscm.models.base import DenoisingModel, Example
 from keras_mscm.models.distillation import DEFAULT_ETA
 from keras_mscm.models.saving import random_states
-from keras_mscm.teachers import Teacher
 
 METHODS = ("distillation", "training")
 REFERENCES = ("online", "ema")
@@ -140,7 +139,7 @@ class MultistepConsistencyModel(DenoisingModel):
         self.reference, self.guidance_scale = reference, scale
         self.integrator, self.eta, self.x_var = of_step
         self.needs_teacher = method == "distillation"
-        self.teacher = Teacher(name="teacher")
+        self.teacher = distillation.own_base(self)
         self.teacher_steps = teacher_steps
         # (start, end, iterations) of N_teacher(i). Weights, and not numbers in
         # the compiled step, so that a callback can set them.

@@ -1,11 +1,14 @@
 """What a model's file holds besides weights: random states, and arguments."""
 
+import os
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_mscm import lora
+from keras_mscm.models import moving_average
 from keras_mscm.preset_files import untrusted
 
 
@@ -58,3 +61,50 @@ def from_config(
             for name, value in config.items()
         }
     )
+
+
+def save_lora(model: Any, path: str | os.PathLike) -> None:
+    """Writes the averaged adapters of a model with `lora_rank`, a small file.
+
+    You want it to hand on a student without the network that it adapts.
+
+    Args:
+        path: A file that ends in `.npz`; one that is there is replaced.
+
+    Raises:
+        ValueError: If the model has no adapters, or `path` is something else.
+    """
+    averages = {
+        id(weight): average
+        for average, weight in moving_average.pairs(
+            model.ema_network, model.network
+        )
+    }
+    lora.save_adapters(path, model.network, averages)
+
+
+def load_lora(model: Any, path: str | os.PathLike) -> None:
+    """Reads what `save_lora` wrote, into the adapters and their average.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it is none, or of other adapters than the model's.
+    """
+    lora.load_adapters(path, model.network)
+    for average, weight in moving_average.pairs(
+        model.ema_network, model.network
+    ):
+        average.assign(ops.cast(weight.value, average.dtype))
+
+
+def merged_network(model: Any) -> keras.Layer:
+    """The averaged network on its own, its adapters folded into its kernels.
+
+    You want it to export a student with `lora_rank`, or to train on.
+    """
+    inputs = model.symbolic_inputs()
+    if hasattr(model.ema_network, "as_network"):
+        return lora.merged(model.ema_network.as_network(inputs), inputs)
+    return lora.merged(model.ema_network, inputs)

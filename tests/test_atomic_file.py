@@ -2,7 +2,7 @@
 
 import pytest
 
-from keras_mscm.callbacks.atomic_file import write_atomically
+from keras_mscm.atomic_file import write_atomically
 
 pytestmark = pytest.mark.once
 
