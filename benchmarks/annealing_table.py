@@ -10,7 +10,7 @@ NAMES = {"digits": "Digits, 8x8", "fashion_mnist": "Fashion-MNIST, 28x28"}
 NOT_MEASURED = """\
 Nothing here was trained for longer than the rows say, on images larger than
 28x28, in colour, by training instead of distillation (CT), with another batch
-size than 64, or on a GPU. 10,000 and 30,000 iterations were planned, several
+size than 64, or on a GPU. 30,000 iterations were planned, several
 starts and further seeds too: what has no cell has not been run. The seconds of
 the rows are those of a machine that others used as well.
 Fashion-MNIST in 1,500 and 4,500 iterations, with a longer teacher, is in

@@ -39,8 +39,8 @@ from keras_mscm import (
     datasets,
     samplers,
 )
-from keras_mscm.callbacks import ResumeTraining, TeacherStepAnneal
 from keras_mscm.atomic_file import write_atomically
+from keras_mscm.callbacks import ResumeTraining, TeacherStepAnneal
 from keras_mscm.schedules import KarrasSchedule
 
 FOLDER = Path(__file__).parent
