@@ -271,7 +271,7 @@ class Latents(Space):
     def check(self, name: str, x: Any, values: bool = True) -> None:
         if self.takes_pictures(x):
             check = checks.check_images if values else checks.check_image_shape
-            check(name, x, self.picture_shape)
+            check(name, x, self.picture_shape or ())
             return
         _check_shape(name, x, self.shape)
         if values:
@@ -283,7 +283,7 @@ class Latents(Space):
     def encode(
         self, x: Tensor, draw: Callable[[Sequence], Tensor] | None = None
     ) -> Tensor:
-        if not self.takes_pictures(x):
+        if self.encoder is None or not self.takes_pictures(x):
             return x
         return self.of_encoded(self.encoder(x, training=False), draw)
 
@@ -305,12 +305,13 @@ class Latents(Space):
                 log_variance = ops.clip(log_variance, *LOG_VARIANCE)
                 noise = draw(ops.shape(encoded))
                 encoded = encoded + ops.exp(log_variance / 2) * noise
-        if tuple(encoded.shape[1:]) != self.shape:
+        if not _may_be(encoded, self.shape):
             raise ValueError(
                 "`encoder` must return latents of the space's shape, "
                 f"{self.shape}, or of twice its channels. Received: "
                 f"{tuple(encoded.shape[1:])}"
             )
+        encoded = ops.reshape(encoded, (-1, *self.shape))
         return (encoded - self._constant(self.shift)) * self._constant(
             self.scale
         )
@@ -320,7 +321,7 @@ class Latents(Space):
             return x
         x = x / self._constant(self.scale) + self._constant(self.shift)
         pictures = ops.cast(self.decoder(x, training=False), "float32")
-        if tuple(pictures.shape[1:]) != self.image_shape:
+        if not _may_be(pictures, self.image_shape):
             raise ValueError(
                 "`decoder` must return pictures of image_shape="
                 f"{self.image_shape}. Received: {tuple(pictures.shape[1:])}"
@@ -341,6 +342,14 @@ class Latents(Space):
             "shift": self.shift,
             "image_shape": self.picture_shape,
         }
+
+
+def _may_be(x: Tensor, shape: tuple[int, ...] | None) -> bool:
+    """Whether a batch is of a shape, as far as a graph knows its sizes."""
+    sizes = tuple(x.shape[1:])
+    return len(sizes) == len(shape or ()) and all(
+        size in (None, ours) for size, ours in zip(sizes, shape or ())
+    )
 
 
 def _any_shape(name: str, shape: Any) -> tuple[int, ...]:
