@@ -240,7 +240,7 @@ def check_declared(name: str, declared: Any) -> dict[str, Condition]:
                 f"`{name}` must not name {', '.join(RESERVED)}, which every "
                 f"network is given. Received: {key!r}"
             )
-        mask = condition.mask and declared.get(condition.mask)
+        mask = declared.get(condition.mask) if condition.mask else None
         if condition.mask and (mask is None or mask.dtype != "bool"):
             raise ValueError(
                 f"`{name}` must declare the mask of {key!r}, a Condition of "

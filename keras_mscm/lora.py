@@ -81,6 +81,7 @@ def enable(
 
 def _settle(network: keras.Layer) -> None:
     """Freezes all but the adapters, which files then keep apart."""
+    network.trainable = True  # as a layer, or nothing within were trained
     layers = adapted(network)
     own = {id(getattr(x, name)) for x in layers for name in ADAPTERS}
     for weight in network.weights:

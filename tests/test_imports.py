@@ -24,9 +24,9 @@ FLOORS = [
     {"conditioning"},
     {"networks"},
     {"schedules", "losses", "weightings", "samplers", "variance", "spaces"},
-    {"teachers", "generator", "lora"},
+    {"teachers", "generator", "lora", "datasets", "metrics"},
     {"models"},
-    {"adapters", "callbacks", "metrics", "datasets", "distribution", "presets"},
+    {"adapters", "callbacks", "distribution", "presets"},
     {"plan"},
     {"__init__"},
 ]
@@ -40,7 +40,10 @@ READERS = {
     # A plan for TPUs is what JAX compiles, whichever the backend.
     "plan/compiler.py": {"jax"},
 }
-OPTIONAL = {"PIL", "libtpu", "tensorflow_datasets"}
+OPTIONAL = {
+    *("PIL", "libtpu", "tensorflow_datasets", "diffusers", "flax"),
+    *("keras_hub", "keras_cv"),
+}
 
 
 def floor(part):
@@ -117,6 +120,11 @@ def test_imports_run_downwards_only(path):
         ("preset_files", "keras_mscm.models.base.DenoisingModel"),
         ("samplers", "keras_mscm.models.base.DenoisingModel"),
         ("models", "keras_mscm.callbacks"),
+        ("models", "keras_mscm.adapters"),
+        ("datasets", "keras_mscm.models"),
+        ("metrics", "keras_mscm.models.base.DenoisingModel"),
+        ("spaces", "keras_mscm.models.base.DenoisingModel"),
+        ("conditioning", "keras_mscm.spaces.Space"),
         ("callbacks", "keras_mscm.presets"),
         ("models", "keras_mscm.DiffusionModel"),
         ("models", "keras_mscm"),

@@ -109,6 +109,8 @@ def move_towards(
         pairs: Averages, each with its weight.
         rate: The part, a scalar tensor.
     """
+    if not pairs:
+        return
     if NAME == "torch":  # because one kernel for all averages is faster
         averages = [average.value for average, _ in pairs]
         weights = [weight.value for _, weight in pairs]

@@ -195,7 +195,7 @@ class DenoisingModel(keras.Model):
     make_train_function = fitting.make_train_function
     make_test_function = fitting.make_test_function
     generate, check_generate = sampling.generate, sampling.check_generate
-    from_preset = classmethod(preset_files.load_model)
+    from_preset: Any = classmethod(preset_files.load_model)
     save_to_preset = preset_files.save_to_preset
     save_lora, load_lora = saving.save_lora, saving.load_lora
     merged_network = saving.merged_network

@@ -325,11 +325,14 @@ def save_to_preset(
     task = None
     if hasattr(saved, "ema_network"):
         network, averaged = saved.network, saved.ema_network
-        if hasattr(averaged, "as_network"):
+        if saved.lora_rank is not None:
+            network = averaged = saved.merged_network()
+        elif hasattr(averaged, "as_network"):
             averaged = averaged.as_network(saved.symbolic_inputs())
         task = keras.saving.serialize_keras_object(saved)
-        # The network has a file of its own, and the model takes its dtype.
-        for name in ("network", "dtype"):
+        # The network has a file of its own, without adapters, and the model
+        # takes its dtype.
+        for name in ("network", "dtype", "lora_rank", "lora_targets"):
             task["config"].pop(name, None)
     smaller = weights_dtype if weights_dtype != "float32" else ""
     weights.check_finite("What is saved", averaged, smaller)
