@@ -1,6 +1,7 @@
 """Few-step diffusion for Keras 3: multistep consistency models."""
 
 from keras_mscm import (
+    adapters,
     callbacks,
     datasets,
     distribution,
@@ -36,6 +37,7 @@ __all__ = [
     "MultistepConsistencyModel",
     "ProgressiveDistillationModel",
     "UViT",
+    "adapters",
     "callbacks",
     "datasets",
     "distribution",
