@@ -9,6 +9,7 @@ shouldn't be.
 
 import argparse
 import collections
+import contextlib
 import os
 import tempfile
 import time
@@ -37,9 +38,12 @@ def main() -> None:
     options = parser.parse_args()
     outcomes: list[probe.Outcome] = []
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, nothing_starts():
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         os.chdir(folder)
-        for name, entry in entries(World(Path(folder))).items():
+        made = entries(World(Path(folder)))  # some of it is computed
+        stack.enter_context(nothing_starts())
+        for name, entry in made.items():
             if options.only in name:
                 begin = time.perf_counter()
                 probe.probe(entry, outcomes.append, options.generated)

@@ -40,10 +40,42 @@ DOMAINS: dict[str, Domain] = {
     "bias": _number(-80, 80),
     "shard": _kinds("list", "none", parts=_integer(0), length=2),
     "context_length": _integer(0),
+    "final": _number(0, 1),
+    "offset": _integer(0),
+    "start": _number(math.nextafter(0, 1), 1),
+    "low": _number(-math.inf, math.inf, "none"),
+    "high": _number(-math.inf, math.inf, "none"),
+    "guidance": _number(-math.inf),
+    "time_axes": _integer(0, 8),
+    "shift": _number(1e-6, 1e6),
+    "min_signal_rate": _number(1e-6, 1 - 1e-6),
+    "max_signal_rate": _number(1e-6, 1 - 1e-6),
+    # No conditioning is a conditioning.
+    **dict.fromkeys(
+        ("conditioning", "constants", "params"),
+        _kinds("dict", "none", empty=True),
+    ),
+    "null_conditioning": _kinds("dict", "none", empty=True),
+    "arguments": _kinds("dict", "none", empty=True),
+    "names": _kinds("dict", "list", "none", empty=True),
+    "float32_layers": _kinds("list", parts=TEXT, empty=True),
     # No metadata are metadata.
     "metadata": _kinds("dict", "none", empty=True),
     # Without annotation, or `Any` for want of a type.
     "schedule": INSTANCE,
+    "model": _kinds("instance"),
+    "network": _kinds("instance"),
+    "module": INSTANCE,
+    "teacher": _kinds("instance", "function", "none"),
+    "normalizer": INSTANCE,
+    "scheduler": _kinds("instance"),
+    "vae": INSTANCE,
+    "encoder": INSTANCE,
+    "decoder": INSTANCE,
+    "alphas_cumprod": _kinds(
+        "list", "array", "none", low=0, parts=_number(0, 1)
+    ),
+    "prompts": _kinds("list", "dict", parts=TEXT),
     "integrator": FUNCTION,
     "sampler": FUNCTION,
     "images": _kinds("array", "list"),
@@ -71,6 +103,32 @@ SPECIAL: dict[tuple[str, str], Domain] = {
         high=_below_1,
         parts=_number(0, _below_1),
     ),
+    ("Condition", "shape"): _kinds(
+        "list", parts=_integer(1, math.inf, "none"), empty=True
+    ),
+    ("Condition", "null"): _kinds(
+        *("int", "float", "bool", "list", "array", "none"),
+        low=-math.inf,
+        parts=_number(-math.inf),
+    ),
+    **{
+        ("spaces.Latents", name): _kinds(
+            *("int", "float", "list", "array"), low=low, parts=_number(low)
+        )
+        for name, low in (
+            ("scale", math.nextafter(0, 1)),
+            ("shift", -math.inf),
+        )
+    },
+    ("adapters.from_keras_cv", "encoder"): _kinds("bool"),
+    ("adapters.edm_grid", "num_steps"): _integer(2),
+    ("adapters.AdaptedNetwork", "alphas_cumprod"): _kinds("none"),
+    ("samplers.Sampler.__call__", "denoise"): _kinds("function"),
+    ("samplers.Sampler.__call__", "noise"): _kinds("array", low=-math.inf),
+    ("samplers.Sampler.__call__", "schedule"): _kinds("function"),
+    ("samplers.Sampler.__call__", "num_steps"): _integer(1),
+    ("Generator", "sampler"): _kinds("function"),
+    ("variance.MeasuredVariance", "table"): _kinds("list", parts=_number(0)),
     ("datasets.emoji", "background"): _kinds(
         "str", "list", parts=_integer(0, 255), length=3
     ),

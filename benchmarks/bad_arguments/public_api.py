@@ -7,37 +7,59 @@ says the names and the annotations what they may be, but for a table in
 """
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras_mscm
+import keras_mscm.adapters
 from benchmarks.bad_arguments.domains import DOMAINS, SPECIAL
 from benchmarks.bad_arguments.values import Domain, of_annotation
+from keras_mscm import backend
 
 #: Public, but not called with arguments of one's own.
 EXEMPT = {
     "datasets.EmojiImages": "a tuple that `emoji` returns",
     "distribution.UnevenModelParallel": "takes Keras' arguments",
     "presets.PRESETS": "a dictionary",
+    "samplers.Denoise": "a type",
+    "samplers.Integrator": "a type",
+    "samplers.Variance": "a type",
     "samplers.StepSeed": "made of tensors, within a compiled loop",
+}
+#: Of another framework's modules, and so of one backend alone.
+ELSEWHERE = {
+    "adapters.TorchModule": "torch",
+    "adapters.from_diffusers": "torch",
+    "adapters.from_flax_linen": "jax",
+    "adapters.from_flax_nnx": "jax",
+}
+#: Public, though no walk finds them: students refuse what others take.
+BESIDES = {
+    "MultistepConsistencyModel.generate",
+    "ProgressiveDistillationModel.generate",
+    "samplers.Sampler.__call__",
 }
 #: Methods that Keras or the package itself calls, with what it has checked, and
 #: those of tensors, which are traced.
 PROTOCOL = {
-    *("absent", "build", "call", "check_guidable", "compile_from_config"),
-    *("compute", "default_loss", "default_weighting", "denoise"),
+    *("absent", "advance", "build", "call", "cast", "check", "check_guidable"),
+    *("clone", "compile_from_config", "compiled", "compute", "decode"),
+    *("default", "default_loss", "default_weighting", "denoise"),
     *("denoise_guided", "draw_normal", "draw_uniform", "during_fit"),
-    *("entry", "features", "read_images", "sets", "update_features", "x_var"),
-    *("from_config", "get_compile_config", "get_config"),
-    *("get_variable_layout", "integrate", "keep", "load_own_variables"),
-    *("make_test_function", "make_train_function", "predict"),
-    *("require_features", "reset_state", "result", "save_own_variables"),
-    *("stage", "stage_steps", "step", "step_x", "steps_per_segment", "teach"),
-    *("teacher_step", "test_step", "train_step", "trained_steps"),
-    *("training_example", "update_state", "x_variance"),
+    *("encode", "entry", "features", "from_config", "get_compile_config"),
+    *("get_config", "get_variable_layout", "init", "integrate", "keep"),
+    *("load_own_variables", "looks_unsigned", "make_test_function"),
+    *("make_train_function", "of_encoded", "predict", "read_images"),
+    *("require_features", "reset_state", "result", "run", "sampled_with"),
+    *("save_own_variables", "sets", "stage", "stage_steps", "step", "step_x"),
+    *("steps_per_segment", "symbolic", "symbolic_inputs", "takes_pictures"),
+    *("teach", "teacher_step", "test_step", "train_step", "trained_steps"),
+    *("training_example", "update_features", "update_state", "x_var"),
+    "x_variance",
 }
 
 
@@ -82,7 +104,7 @@ def _methods(cls: type, public: set[type]) -> Iterator[str]:
 
 def names() -> set[str]:
     """Everything public that can be called."""
-    modules = {"": keras_mscm}
+    modules = {"": keras_mscm, "adapters.": keras_mscm.adapters}
     for name in keras_mscm.__all__:
         value = getattr(keras_mscm, name)
         if isinstance(value, types.ModuleType):
@@ -101,7 +123,12 @@ def names() -> set[str]:
         for name, cls in classes.items()
         for method in _methods(cls, public)
     }
-    return {*found, *methods}
+    return {name for name in {*found, *methods, *BESIDES} if here(name)}
+
+
+def here(name: str) -> bool:
+    """Whether something public runs on this backend."""
+    return ELSEWHERE.get(name, backend.NAME) == backend.NAME
 
 
 @dataclasses.dataclass
@@ -184,3 +211,43 @@ def domains_of(
                 domain = dataclasses.replace(domain, kinds=kinds)
             found[key] = domain
     return found
+
+
+def entry_of(
+    name: str,
+    call: Callable,
+    good: Callable[[], dict[str, Any]] = dict,
+    use: Callable[[Any], Any] | None = None,
+    more: Sequence[Callable] = (),
+    domains: dict[str, Domain] | None = None,
+    **kw: Any,
+) -> Entry:
+    """Of a function or a class; `more` takes its further keywords."""
+    domains = domains_of(name, call, *more, **kw) | (domains or {})
+    return Entry(name, call, good, use, domains)
+
+
+def method_of(
+    owner: str,
+    name: str,
+    cls: type,
+    make: Callable[[], Any],
+    good: Callable[[], dict[str, Any]] = dict,
+    more: Sequence[Callable] = (),
+    domains: dict[str, Domain] | None = None,
+    skip: Sequence[str] = (),
+    every: int = 1,
+) -> Entry:
+    """Of a class method, or of a method of what `make` gives."""
+    static = inspect.getattr_static(cls, name)
+    function = getattr(static, "__func__", static)
+    first = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return getattr(make(), name)(*args, **kwargs)
+
+    without = (first, *skip)
+    path = f"{owner}.{name}"
+    found = domains_of(path, function, *more, without=without)
+    return Entry(path, call, good, None, found | (domains or {}), every)

@@ -19,6 +19,10 @@ from keras_mscm import (
     spaces,
 )
 
+TIMES = np.linspace(0, 1, 9, dtype="float32")
+LEVELS = np.linspace(-15, 15, 4, dtype="float32")
+IMAGES = np.linspace(-1, 1, 64, dtype="float32").reshape(4, 4, 4, 1)
+
 
 class Plain(DenoisingModel):
     """The least that a training algorithm says of itself."""
@@ -101,6 +105,18 @@ class World:
             ProgressiveDistillationModel, student_steps=2, teacher_steps=8
         )
 
+    @functools.cached_property
+    def with_lora(self):
+        """A model with adapters."""
+        return DiffusionModel(
+            self.network(), image_shape=(4, 4, 1), lora_rank=2
+        )
+
+    @functools.cached_property
+    def lora_file(self):
+        self.with_lora.save_lora(self.folder / "lora.npz")
+        return self.folder / "lora.npz"
+
     @staticmethod
     def of_uvit():
         """Arguments of a small network."""
@@ -129,6 +145,11 @@ class World:
         rng = np.random.default_rng(0)
         return rng.uniform(-1, 1, (8, 4, 4, 1)).astype("float32")
 
+    @staticmethod
+    def noise():
+        """Arguments of `generate`, which compiles nothing then."""
+        return {"num_images": 3, "seed": 0}
+
     def data(self):
         """Arguments of `fit`."""
         y = {
@@ -139,13 +160,14 @@ class World:
         return {"x": self.images, "y": y}
 
     @functools.cached_property
+    def half(self):
+        """An encoder: pictures of half the sides."""
+        return keras.layers.AveragePooling2D(2, data_format="channels_last")
+
+    @functools.cached_property
     def latents(self):
         """Latents of half the sides."""
-        return spaces.Latents(
-            (2, 2, 1),
-            keras.layers.AveragePooling2D(2, data_format="channels_last"),
-            image_shape=(4, 4, 1),
-        )
+        return spaces.Latents((2, 2, 1), self.half, image_shape=(4, 4, 1))
 
     @functools.cached_property
     def latent_folder(self):
