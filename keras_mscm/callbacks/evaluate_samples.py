@@ -152,6 +152,7 @@ class EvaluateSamples(SamplingCallback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Checks the model, and that the files can be written."""
         super().on_train_begin(logs)
+        self._check_comparable()
         if self.best_weights is not None:
             folder = self.best_weights.parent
             own_files.check_folder("best_weights", folder)
@@ -161,6 +162,16 @@ class EvaluateSamples(SamplingCallback):
         if self.results is not None:
             own_files.check_folder("results", self.results.parent)
             _check_results(self.results)
+
+    def _check_comparable(self) -> None:
+        space, raw = self.model.space, self.generate_with.get("decode") is False
+        drawn = space.shape if raw else space.image_shape
+        for metric in self.metrics:
+            reference = getattr(metric, "reference", None)
+            if getattr(reference, "image_shape", drawn) not in (drawn, None):
+                raise checks.invalid(
+                    "metrics", f"of images {drawn}", reference.image_shape
+                )
 
     def _read_record(self, path: Path) -> dict[str, Any] | None:
         """What an earlier training has kept; raises if something else is."""

@@ -91,6 +91,11 @@ class SampleGrid(SamplingCallback):
             seed,
             generate_with,
         )
+        if "decode" in generate_with:
+            raise ValueError(
+                "`decode` must not be given, because `SampleGrid` draws "
+                f"pictures. Received: decode={generate_with['decode']}"
+            )
         if columns is None:
             columns = math.ceil(math.sqrt(self.num_images))
         self.columns = checks.check_positive_integer("columns", columns)

@@ -79,7 +79,8 @@ def space_of(network: keras.Layer, space: Any, image_shape: Any) -> Space:
     """
     image_shape = _agreed("image_shape", image_shape, network)
     if space is None:
-        return Pixels(image_shape)
+        axes = "height", "width", "channels"
+        return Pixels(checks.check_shape("image_shape", image_shape, axes))
     if not isinstance(space, Space):
         raise checks.invalid(
             "space", "one of `keras_mscm.spaces`, such as `Box((1,))`", space
@@ -127,6 +128,15 @@ def conditioning_of(
                 )
         sizes.append(value)
     return standard(*sizes) if declared is None else declared
+
+
+def declares(network: keras.Layer) -> bool:
+    """Whether a network says what it is conditioned on, copied or loaded too.
+
+    What was only set on a model of Keras' own classes, its copies lack.
+    """
+    of_keras = type(network).__module__.split(".")[0] == "keras"
+    return getattr(network, "conditioning", None) is not None and not of_keras
 
 
 def sizes_of(declared: dict[str, Condition]) -> tuple[Any, Any]:
@@ -307,8 +317,9 @@ def config_of(model: Any) -> dict[str, Any]:
     else:
         config["space"] = serialize(space)
     declared = dict(model.conditioning)
-    own = getattr(model.network, "conditioning", None)
-    if own is None and declared != standard(*sizes_of(declared)):
+    if not declares(model.network) and declared != standard(
+        *sizes_of(declared)
+    ):
         config["conditioning"] = {k: serialize(v) for k, v in declared.items()}
     if model.guidable:
         config["guidable"] = True

@@ -78,11 +78,10 @@ class DiffusionModel(DenoisingModel):
     def sampled_with(self, num_steps, sampler, schedule, guidance_scale):
         if guidance_scale is not None:
             self.check_guidable("guidance_scale", guidance_scale)
-        if sampler is None:
-            sampler = samplers.ADDIM()
-            if self.space.variance != Pixels.variance:
-                variance = AnalyticVariance(self.space.variance)
-                sampler = samplers.ADDIM(x_var=variance)
+        sampler = samplers.ADDIM() if sampler is None else sampler
+        own = self.space.variance
+        if sampler == samplers.ADDIM() and own != Pixels.variance:
+            sampler = samplers.ADDIM(x_var=AnalyticVariance(own))
         schedule = self.schedule if schedule is None else schedule
         return num_steps or 256, sampler, schedule
 

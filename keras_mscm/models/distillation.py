@@ -11,6 +11,7 @@ from keras import ops
 from keras_mscm import checks, lora, samplers
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
+from keras_mscm.models.arguments import declares
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.moving_average import clone_network
 from keras_mscm.teachers import Teacher
@@ -95,9 +96,7 @@ def own_base(model: Any) -> Teacher:
 
 def _own_conditioning(teacher: DiffusionModel) -> Any:
     """What the network is conditioned on, if it doesn't say so itself."""
-    if getattr(teacher.network, "conditioning", None) is not None:
-        return None
-    return teacher.conditioning
+    return None if declares(teacher.network) else teacher.conditioning
 
 
 def attach_teacher(model: Any, teacher: Any, *, copy: bool = True) -> None:

@@ -233,10 +233,10 @@ def update(
         if not theirs.trainable:
             finite = ops.isfinite(theirs.value)
             ours.assign(ops.where(finite, theirs.value, ours.value))
-        elif ours.dtype == theirs.dtype:
-            trained.append((ours, theirs))
-        else:
+        elif ours.dtype == "bfloat16":
             _move_rounded(ours, theirs, rate, (iteration, i))
+        else:
+            trained.append((ours, theirs))
     backend.move_towards(trained, rate)
 
 
@@ -256,8 +256,12 @@ def _move_rounded(
     word, _ = F.threefry_2x32(
         (ops.cast(seed[0], "int32"), seed[1]), (place, ops.zeros_like(place))
     )
-    draw = ops.cast(word, "float32") * 2.0**-32  # in [-0.5, 0.5)
+    draw = ops.cast(word, "float32") * 2.0**-32 + 0.5  # in [0, 1]
     draw = ops.reshape(draw, average.shape)
     size = ops.maximum(ops.abs(value), 1e-30)
     last_bit = ops.exp2(ops.floor(ops.log2(size)) - 7.0)
-    average.assign(ops.cast(value + draw * last_bit, average.dtype))
+    # Between its two neighbours, because beside a power of 2 the lower one is
+    # half as far as the upper one.
+    lower = ops.floor(value / last_bit)
+    up = ops.cast(draw < value / last_bit - lower, "float32")
+    average.assign(ops.cast((lower + up) * last_bit, average.dtype))

@@ -132,6 +132,11 @@ class MultistepConsistencyModel(DenoisingModel):
                 guidance_scale=guidance_scale,
                 teacher=teacher,
             )
+        if reference == "ema" and kwargs.get("ema", "auto") is None:
+            raise ValueError(
+                "`reference` must be 'online' with ema=None, which keeps no "
+                f"average. Received: reference={reference!r}"
+            )
         of_step = distillation.check_teacher_step(integrator, eta, x_var)
         scale = distillation.check_guidance_scale(guidance_scale)
         super().__init__(network, schedule, **kwargs)

@@ -106,9 +106,12 @@ class ProgressiveDistillationModel(DenoisingModel):
             "`GuidanceDistillationModel` first",
             high=1,
         )
-        if kwargs.get("ema", "auto") != "auto":
+        checks.check_choice("ema", kwargs.get("ema", "auto"), ("auto",))
+        if kwargs.get("lora_rank") is not None:
             raise checks.invalid(
-                "ema", "'auto', because stages begin with it", kwargs["ema"]
+                "lora_rank",
+                "None, because each stage's teacher is the whole network",
+                kwargs["lora_rank"],
             )
         of_step = distillation.check_teacher_step(integrator, eta, x_var)
         super().__init__(network, schedule, **kwargs)

@@ -51,7 +51,8 @@ def from_config(
         ValueError: If it names what Keras doesn't know or what is no function
             of tensors, or the network is larger than this machine's memory.
     """
-    untrusted.check_network(config.get("network"), custom_objects)
+    for part in ("network", "space"):  # which may have an autoencoder
+        untrusted.check_network(config.get(part), custom_objects)
     # All but plain values were serialised: network, schedule, functions.
     return cls(
         **{

@@ -7,7 +7,8 @@ A preset is a directory, in KerasHub's manner:
   but for the network;
 - `metadata.json`: a description, and what was measured;
 - `model.weights.h5`, if there are any: the network's weights, of a model their
-  moving average.
+  moving average;
+- `encoder.weights.h5`, `decoder.weights.h5`: a model's on latents.
 
 Those that come with the package are known by name. Others may come from
 anywhere: loading one runs no code but Keras' and that of registered classes,
@@ -130,9 +131,6 @@ def load_network(
         load_weights: Whether to load its weights; else they are random.
         **kwargs: Arguments of the network that are to differ.
 
-    Returns:
-        The network.
-
     Raises:
         ValueError: If there is no such preset, it holds no weights, its
             network is of another class, or one of its files holds something
@@ -222,11 +220,13 @@ def load_model(
         dtype = {"dtype": kwargs["dtype"]} if "dtype" in kwargs else {}
         network = load_network(keras.Layer, preset, load_weights, **dtype)
     # The model begins its moving average with the network's weights.
+    # As from a file, so that it may be one of an older version.
+    stored = {**copy.deepcopy(config), "network": network}
     try:
         if kwargs:
-            return kind(network, **{**arguments, **kwargs})
-        # As from a file, so that it may be one of an older version.
-        return kind.from_config({**copy.deepcopy(config), "network": network})
+            model = kind(network, **{**arguments, **kwargs})
+        else:
+            model = kind.from_config(stored)
     except TypeError as error:
         named = any(f"'{name}'" in str(error) for name in kwargs)
         if named or task.get("registered_name") is None:
@@ -236,6 +236,9 @@ def load_model(
         if kwargs or not config:
             raise
         raise _unfit(path, kind, error) from error
+    if load_weights:
+        weights.load_codec(model, find(preset))
+    return model
 
 
 def _unfit(path: Path, kind: type, error: Exception) -> ValueError:
@@ -325,17 +328,17 @@ def save_to_preset(
     task = None
     if hasattr(saved, "ema_network"):
         network, averaged = saved.network, saved.ema_network
-        if saved.lora_rank is not None:
-            network = averaged = saved.merged_network()
-        elif hasattr(averaged, "as_network"):
-            averaged = averaged.as_network(saved.symbolic_inputs())
+        if getattr(averaged, "as_network", None):  # adapters folded in
+            averaged = saved.merged_network()
+            network = network if saved.lora_rank is None else averaged
         task = keras.saving.serialize_keras_object(saved)
-        # The network has a file of its own, without adapters, and the model
-        # takes its dtype.
+        # The network has a file of its own, and the model takes its dtype.
         for name in ("network", "dtype", "lora_rank", "lora_targets"):
             task["config"].pop(name, None)
     smaller = weights_dtype if weights_dtype != "float32" else ""
-    weights.check_finite("What is saved", averaged, smaller)
+    codec = weights.codec_of(saved)
+    for part in (averaged, *codec.values()):
+        weights.check_finite("What is saved", part, smaller)
     facts = {
         "parameters": network.count_params(),
         "keras": keras.__version__,
@@ -353,9 +356,7 @@ def save_to_preset(
             if content is not None:
                 text = json.dumps(content, indent=2) + "\n"
                 (folder / file).write_text(text, "utf-8")
-        keras.saving.save_weights(averaged, folder / WEIGHTS)
-        if weights_dtype == "float16":
-            weights.halve(folder / WEIGHTS)
+        weights.save({WEIGHTS: averaged, **codec}, folder, weights_dtype)
 
     replace_at_once(target, write)
 

@@ -16,7 +16,9 @@ from keras_mscm import checks
 BUILT_IN = Path(__file__).parent.parent / "presets"
 CONFIG, TASK, METADATA = "config.json", "task.json", "metadata.json"
 WEIGHTS = "model.weights.h5"
-FILES = (CONFIG, TASK, METADATA, WEIGHTS)
+#: Of the autoencoder of a model on latents, by its attributes.
+CODEC = {"encoder": "encoder.weights.h5", "decoder": "decoder.weights.h5"}
+FILES = (CONFIG, TASK, METADATA, WEIGHTS, *CODEC.values())
 #: What stands in the metadata of every preset that was saved.
 WRITTEN = ("parameters", "keras", "date")
 LARGEST = 2**24  # bytes of a JSON file; a preset's are thousands

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mscm.preset_files.folder import CODEC
+
 # A compressed array is no less than a 1032nd of itself (that is DEFLATE's
 # limit), so an array of which less is stored isn't there. Small ones may be.
 _MOST, _SMALL = 1032, 2**26
@@ -97,6 +99,42 @@ def load(network: keras.Layer, path: Path) -> None:
             f"describes. Received: {' '.join(str(error).split())}"
         ) from error
     check_finite(str(path), network)
+
+
+def save(layers: dict[str, keras.Layer], folder: Path, dtype: str) -> None:
+    """Writes the weights of layers into files of a folder.
+
+    Args:
+        layers: Layers by the files' names.
+        folder: The folder.
+        dtype: `"float32"` or `"float16"`.
+    """
+    for file, layer in layers.items():
+        keras.saving.save_weights(layer, folder / file)
+        if dtype == "float16":
+            halve(folder / file)
+
+
+def codec_of(model: Any) -> dict[str, keras.Layer]:
+    """The autoencoder of a model on latents, by the files of its weights."""
+    layers = {file: getattr(model, k, None) for k, file in CODEC.items()}
+    return {k: v for k, v in layers.items() if v is not None and v.weights}
+
+
+def load_codec(model: Any, folder: Path) -> None:
+    """Gives a model's autoencoder the weights that a preset has of it.
+
+    Raises:
+        ValueError: If it has none, or others.
+    """
+    for file, layer in codec_of(model).items():
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"{folder} must hold {file}, because the model's space has "
+                "such weights. Received: a preset without"
+            )
+        check_file(folder / file)
+        load(layer, folder / file)
 
 
 def check_finite(where: str, network: keras.Layer, dtype: str = "") -> None:

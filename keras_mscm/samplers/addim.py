@@ -21,7 +21,8 @@ class ADDIM(SinglestepSampler):
 
     Args:
         x_var: The posterior variance of `x` per dimension, as a function of
-            log-SNR: analytic, `0.1 / (2 + SNR)`, by default, or empirical, the
+            log-SNR: analytic, `0.1 / (2 + SNR)`, by default (in `generate` the
+            `AnalyticVariance` of the model's space), or empirical, the
             `x_var` of a model that has measured it
             (`DiffusionModel.measure_x_var`). In distillation the student says
             what it is.

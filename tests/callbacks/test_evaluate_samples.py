@@ -499,3 +499,14 @@ def test_the_model_is_looked_at_only_when_due(make_model, images, monkeypatch):
     train(make_model(), images, [evaluate])
     assert iterations(evaluate) == [3, 6]
     assert len(looks) == 2
+
+
+def test_a_reference_of_other_images_is_refused_before_training(
+    make_model, images
+):
+    other = np.linspace(-1, 1, 5 * 48).reshape(5, 4, 4, 3).astype("float32")
+    reference = Reference(other, lambda x: x[:, 0, :3, 0], name="other")
+    model, evaluate = make_model(), make([FrechetDistance(reference)])
+    with pytest.raises(ValueError, match=r"`metrics`.*\(4, 4, 3\)"):
+        train(model, images, [evaluate])
+    assert int(model.iteration) == 0

@@ -370,7 +370,10 @@ def test_addims_variance_is_the_spaces(variance):
 
     expected = generate(samplers.ADDIM(x_var=AnalyticVariance(variance)))
     np.testing.assert_allclose(generate(), expected, atol=1e-6)
-    apart = np.abs(generate(samplers.ADDIM()) - expected).max()
+    # As it is by default, and not as the paper's pixels have it.
+    np.testing.assert_allclose(generate(samplers.ADDIM()), expected, atol=1e-6)
+    paper = samplers.ADDIM(x_var=AnalyticVariance(0.5))
+    apart = np.abs(generate(paper) - expected).max()
     assert apart < 1e-5 if variance == 0.5 else apart > 1e-3
 
 
