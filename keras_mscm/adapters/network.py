@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import checks
+from keras_mscm import checks, lora
 from keras_mscm.adapters import arguments
 from keras_mscm.conditioning import Condition, check_declared
 from keras_mscm.functional import parameterizations as P
@@ -297,6 +297,7 @@ class AdaptedNetwork(keras.Model):
         config["network"] = _clone_of(self.network)
         config["conditioning"] = dict(self.conditioning)
         clone = type(self)(**{**config, "name": name or self.name})
+        lora.like(clone, self)
         for theirs, ours in zip(self.weights, clone.weights, strict=True):
             # A copy, because JAX gives buffers away: none may be shared.
             ours.assign(ops.copy(theirs.value))
