@@ -11,6 +11,7 @@ from keras_mscm import checks, lora
 from keras_mscm.conditioning import Condition, check_declared, standard
 from keras_mscm.functional import process
 from keras_mscm.models.sampling import check_schedule
+from keras_mscm.preset_files import untrusted
 from keras_mscm.schedules import CosineSchedule
 from keras_mscm.spaces import Pixels, Space
 
@@ -85,7 +86,10 @@ def space_of(network: keras.Layer, space: Any, image_shape: Any) -> Space:
         raise checks.invalid(
             "space", "one of `keras_mscm.spaces`, such as `Box((1,))`", space
         )
-    if image_shape is not None and tuple(image_shape) != space.shape:
+    if image_shape is None:
+        return space
+    checks.check_sequence("image_shape", image_shape, "a shape, or None")
+    if tuple(image_shape) != space.shape:
         raise ValueError(
             f"`space` must be of the shape {tuple(image_shape)}, as the "
             f"network or `image_shape` says. Received: {space.shape}"
@@ -183,24 +187,33 @@ def check_network(
         space: What it should return.
         inputs: What it is given, without values.
     """
-    output = network(inputs)
-    if type(network).compute_output_shape is not _NO_SHAPE:
-        # What a layer says of its output, Keras believes without a call.
-        output = _Called(network)(inputs)
+    try:
+        output = network(inputs)
+        if type(network).compute_output_shape is not _NO_SHAPE:
+            # What a layer says of its output, Keras believes without a call.
+            output = _Called(network)(inputs)
+    except Exception as error:  # because it is anybody's network
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        raise ValueError(
+            f"`network` must take {shapes}, which `image_shape` or `space` "
+            "and `conditioning`, or `num_classes` and `context_width`, say. "
+            f"Received: a network that raises {type(error).__name__}: "
+            f"{untrusted.summary(error)}"
+        ) from error
     shape = tuple(getattr(output, "shape", ()))[1:]
     if shape != space.shape:
         raise ValueError(
             f"`network` must return images of the shape of `z`, {space.shape}. "
             f"Received: a network that returns {shape}"
         )
-    _check_codec(space)
+    check_codec(space)
     for layer in _within([network, space.encoder, space.decoder]):
         # Keras would build a layer that no Keras layer calls (of another
         # framework, for example) by calling the model on raw images.
         layer.built = True
 
 
-def _check_codec(space: Space) -> None:
+def check_codec(space: Space) -> None:
     """Builds encoder and decoder; raises unless they suit their space."""
     pictures = space.picture_shape or ()
     *size, channels = space.shape
@@ -270,7 +283,8 @@ def enable_lora(
         if lora_targets is not None:
             raise ValueError(
                 "`lora_targets` must not be given without `lora_rank`, which "
-                f"adapters need. Received: lora_targets={lora_targets}"
+                "adapters need. Received: lora_targets="
+                f"{checks.describe(lora_targets)}"
             )
         return None, None
     lora.enable(network, lora_rank, lora_targets)
