@@ -24,7 +24,6 @@ def all_adapters(w: World) -> Iterator[Entry]:
         "adapters.AdaptedNetwork",
         adapters.AdaptedNetwork,
         lambda: {"network": w.plain_network, "image_shape": SHAPE},
-        lambda network: network({"z": IMAGES, "logsnr": LEVELS}),
     )
     yield entry(
         "from_edm",
@@ -32,7 +31,9 @@ def all_adapters(w: World) -> Iterator[Entry]:
     )
     yield entry("from_keras_io_ddim", lambda: {"network": foreign.keras_io})
     yield entry("from_keras_cv", lambda: {"model": foreign.keras_cv})
-    yield entry("from_keras_hub", lambda: {"model": foreign.flux})
+    yield entry(
+        "from_keras_hub", lambda: {"model": foreign.flux, "guidance": 1.0}
+    )
     for name, good in {
         "edm_grid": {"num_steps": 4},
         "offset_cosine": {},
@@ -87,6 +88,8 @@ def _of_model(
     )
     if name not in ("from_flax_linen", "from_flax_nnx", "from_edm"):
         made.domains.pop("conditioning", None)
+    if "model" in made.domains or "module" in made.domains:
+        made.domains.pop("network", None)
     if "model" in made.domains:
         made.domains.pop("image_shape", None)
     made.every = 9
@@ -183,9 +186,9 @@ class Foreign:
             out_channels=1,
             down_block_types=("DownBlock2D",),
             up_block_types=("UpBlock2D",),
-            block_out_channels=(4,),
+            block_out_channels=(8,),
             layers_per_block=1,
-            norm_num_groups=2,
+            norm_num_groups=4,
         )
 
     @functools.cached_property

@@ -65,7 +65,11 @@ def _tensors(w: World) -> Iterator[Entry]:
     for name in functional.__all__:
         arguments = functools.partial(dict, good.get(name, {}))
         yield entry_of(
-            f"functional.{name}", getattr(functional, name), arguments
+            f"functional.{name}",
+            getattr(functional, name),
+            arguments,
+            # Tensors by name, and functions of tensors.
+            without=("denoise", "conditioning", "without"),
         )
     for name in ("snr_plus_one", "sqrt_snr_plus_one", "truncated_snr"):
         yield entry_of(f"weightings.{name}", getattr(weightings, name))

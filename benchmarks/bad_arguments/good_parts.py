@@ -44,9 +44,13 @@ def _weighs(weighting):
     assert np.all(np.isfinite(value)), "not finite"
 
 
-def _clips(space):
-    value = keras.ops.convert_to_numpy(space.decode(4 * IMAGES))
+def _finite(value):
+    value = keras.ops.convert_to_numpy(value)
     assert np.all(np.isfinite(value)), "not finite"
+
+
+def _clips(space):
+    _finite(space.decode(4 * IMAGES))
 
 
 def _samples(sampler):
@@ -144,7 +148,7 @@ def _of_examples(w: World) -> Iterator[Entry]:
             "encoder": w.half,
             "image_shape": (4, 4, 1),
         },
-        lambda space: space.encode(IMAGES),
+        lambda space: _finite(space.encode(IMAGES)),
     )
     for name in ("AnalyticVariance", "MeasuredVariance"):
         table = {"table": [0.5] * 64} if name == "MeasuredVariance" else {}

@@ -31,8 +31,12 @@ SILENT = "silent"
 CRASH = "crash"
 #: A value that may be right, and worked.
 WORKED = "worked"
-# What a message may call an argument besides: in `y` there are labels.
-ALSO = {"y": ("labels",)}
+# What a message may call an argument besides, an entry of it: in `y` there are
+# labels, and here `{"x": 1}` is tried.
+ALSO = {
+    "y": ("labels",),
+    **dict.fromkeys(("conditioning", "constants"), ("x", "constant_x")),
+}
 #: What must not be.
 BAD = UNCLEAR, SILENT, CRASH
 

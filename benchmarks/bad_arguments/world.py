@@ -14,6 +14,7 @@ from keras_mscm import (
     ProgressiveDistillationModel,
     UViT,
     datasets,
+    lora,
     losses,
     metrics,
     spaces,
@@ -38,6 +39,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._plain = None
 
     def network(self, num_classes=None, context_width=None):
         """A network of one dense layer, cheap to make."""
@@ -60,9 +62,12 @@ class World:
         outputs = layers.Dense(16)(layers.Concatenate()(parts))
         return keras.Model(inputs, layers.Reshape(shape)(outputs))
 
-    @functools.cached_property
+    @property
     def plain_network(self):
-        return self.network()
+        """A network without adapters, which stay in one that had them."""
+        if self._plain is None or lora.adapted(self._plain):
+            self._plain = self.network()
+        return self._plain
 
     def of_plain(self, **more):
         """Arguments of a model without conditioning."""
