@@ -215,6 +215,29 @@ def is_array(value: Any) -> bool:
     return False
 
 
+def check_numbers(name: str, value: Any, dtype: str) -> np.ndarray:
+    """Raises unless `value` is a number, or an array, that a dtype holds.
+
+    Args:
+        name: The argument's name.
+        value: What came.
+        dtype: `"float32"`, which rounds, `"int32"` or `"bool"`.
+    """
+    allowed = f"finite numbers that {dtype} holds"
+    try:
+        given = np.asarray(ops.convert_to_numpy(value))
+        with np.errstate(all="ignore"):
+            array = given.astype(dtype)
+    except Exception as error:  # because it may be anybody's object
+        raise invalid(name, allowed, value) from error
+    exact = dtype == "float32" or np.array_equal(array, given)
+    numbers = given.dtype.kind in "biuf" or given.dtype.name == "bfloat16"
+    finite = numbers and np.all(np.isfinite(array))
+    if not (finite and exact and given.size):
+        raise invalid(name, allowed, value)
+    return array
+
+
 def check_images(name: str, images: Any, image_shape: Sequence[int]) -> None:
     """Raises unless `images` is a batch of float images in [-1, 1].
 

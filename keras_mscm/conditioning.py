@@ -87,18 +87,11 @@ class Condition:
         self.null = self._as_null(null)
 
     def _as_null(self, null: Any) -> Any:
-        if null is None or isinstance(null, keras.Variable):
-            shape = () if null is None else tuple(null.shape)
-        else:
-            try:
-                null = np.asarray(ops.convert_to_numpy(null))
-            except Exception as error:  # because it may be anybody's object
-                raise checks.invalid("null", "a number or array", null) from (
-                    error
-                )
-            if null.dtype.kind not in "biuf" or not np.all(np.isfinite(null)):
-                raise checks.invalid("null", "made of finite numbers", null)
-            null, shape = null.astype(self.dtype), null.shape
+        if null is None:
+            return None
+        if not isinstance(null, keras.Variable):
+            null = checks.check_numbers("null", null, self.dtype)
+        shape = tuple(null.shape)
         if shape and not _fits(shape, self.shape):
             raise ValueError(
                 f"`null` must be a number, or of shape {self.shape}. "

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mscm import backend
+from keras_mscm import backend, checks
 from keras_mscm import functional as F
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
@@ -39,6 +39,9 @@ class Generator:
 
     Call returns:
         Samples, `(batch, ...)`.
+
+    Raises:
+        ValueError: If an argument of the constructor isn't as above.
     """
 
     def __init__(
@@ -50,9 +53,19 @@ class Generator:
         guided: bool = False,
         decode: bool = True,
     ):
-        self.model, self.sampler = model, sampler
-        self.schedule = model.schedule if schedule is None else schedule
-        self.guided, self.decode = guided, decode
+        if not isinstance(model, keras.Model) or not hasattr(model, "denoise"):
+            raise checks.invalid("model", "a `DenoisingModel`", model)
+        self.model = model
+        allowed = "one of `keras_mscm.samplers`, or a function like them"
+        self.sampler = checks.check_function("sampler", sampler, allowed)
+        self.schedule = model.schedule
+        if schedule is not None:
+            if not isinstance(schedule, NoiseSchedule):
+                allowed = "one of `keras_mscm.schedules`, or None"
+                raise checks.invalid("schedule", allowed, schedule)
+            self.schedule = schedule
+        self.guided = checks.check_boolean("guided", guided)
+        self.decode = checks.check_boolean("decode", decode)
 
     def __call__(
         self,

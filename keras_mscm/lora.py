@@ -12,6 +12,9 @@ import contextlib
 import functools
 import os
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,18 @@ from keras_mscm.functional.process import Tensor
 
 KINDS = (keras.layers.Dense, keras.layers.EinsumDense)
 ADAPTERS = ("lora_kernel_a", "lora_kernel_b")
+# What reading a file that isn't as it should be raises.
+BAD_FILE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def enable(
@@ -70,7 +85,7 @@ def enable(
         kind = "Dense or EinsumDense layer"
         raise ValueError(
             f"`lora_targets` must name a {kind} of the network. Received: "
-            f"lora_targets={targets}, none of its {kind}s has such a path"
+            f"lora_targets={targets!r:.100}, and none has such a path"
         )
     for layer in layers:
         if not layer.lora_enabled:
@@ -273,20 +288,16 @@ def load_adapters(path: str | os.PathLike, network: keras.Layer) -> None:
             is changed then.
     """
     path, layers = _check_file(path), _check_adapted(network)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"`path` must be a file of `save_lora`. Received: {path}, {error}"
-        ) from error
     expected = {
         f"{number}.{name}": tuple(getattr(layer, name).shape)
         for number, layer in enumerate(layers)
         for name in ADAPTERS
     }
     expected |= {f"{number}.scale": () for number in range(len(layers))}
-    found = {name: value.shape for name, value in arrays.items()}
+    try:
+        found = _shapes(path)
+    except BAD_FILE as error:
+        raise _not_ours(path, error) from error
     if found != expected:
         wrong = sorted(
             name
@@ -297,6 +308,11 @@ def load_adapters(path: str | os.PathLike, network: keras.Layer) -> None:
             f"`path` must hold adapters of this network: {len(layers)} layers. "
             f"Received: {path}, which differs in {wrong[:3]}"
         )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in expected}
+    except BAD_FILE as error:
+        raise _not_ours(path, error) from error
     for name, value in arrays.items():
         if not np.all(np.isfinite(value)):
             raise ValueError(
@@ -308,6 +324,28 @@ def load_adapters(path: str | os.PathLike, network: keras.Layer) -> None:
         ours = layer.lora_alpha / layer.lora_rank
         layer.lora_kernel_a.assign(a)
         layer.lora_kernel_b.assign(b * (arrays[f"{number}.scale"] / ours))
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """What a file says of its arrays, before any of them takes memory."""
+    shapes = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                if version != (1, 0):
+                    raise ValueError(f"{info.filename} is of another format")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            if dtype != np.float32:
+                raise ValueError(f"{info.filename} is of dtype {dtype}")
+            shapes[info.filename.removesuffix(".npy")] = shape
+    return shapes
+
+
+def _not_ours(path: Path, error: BaseException) -> ValueError:
+    return ValueError(
+        f"`path` must be a whole file of `save_lora`. Received: {path}, {error}"
+    )
 
 
 def _check_adapted(network: keras.Layer) -> list[keras.Layer]:

@@ -16,6 +16,8 @@ from keras_mscm.functional.process import Tensor
 
 #: Between which an encoder's log-variance is taken, as in Stable Diffusion.
 LOG_VARIANCE = (-30.0, 20.0)
+#: Numbers up to here, and their inverses, are finite in float32.
+LARGEST = 1e30
 
 
 class Space:
@@ -105,7 +107,7 @@ class Pixels(Space):
 
     def __init__(self, shape: Sequence[int]):
         axes = "height", "width", "channels"
-        self.shape = checks.check_shape("image_shape", shape, axes)
+        self.shape = checks.check_shape("shape", shape, axes)
         self.image_shape = self.shape
 
     def check(self, name: str, x: Any, values: bool = True) -> None:
@@ -152,9 +154,10 @@ class Box(Space):
         variance: float = 1.0,
     ):
         self.shape = _any_shape("shape", shape)
-        for name, value in (("low", low), ("high", high)):
-            if value is not None:
-                checks.check_finite_number(name, value)
+        low, high = (
+            None if value is None else _check_float32(name, value)
+            for name, value in (("low", low), ("high", high))
+        )
         if low is not None and high is not None and not low < high:
             raise ValueError(
                 f"`low` must be below `high`. Received: low={low}, high={high}"
@@ -238,10 +241,10 @@ class Latents(Space):
         image_shape: Sequence[int] | None = None,
     ):
         self.shape = _any_shape("shape", shape)
-        self.scale = _per_channel("scale", scale, self.shape[-1])
-        self.shift = _per_channel("shift", shift, self.shape[-1])
-        if np.min(self.scale) <= 0:
-            raise checks.invalid("scale", "positive", scale)
+        self.scale = per_channel("scale", scale, self.shape[-1])
+        self.shift = per_channel("shift", shift, self.shape[-1])
+        if np.min(self.scale) < 1 / LARGEST:
+            raise checks.invalid("scale", f"at least {1 / LARGEST:g}", scale)
         for name, layer in (("encoder", encoder), ("decoder", decoder)):
             if layer is not None and not isinstance(layer, keras.Layer):
                 raise checks.invalid(name, "a Keras layer, or None", layer)
@@ -358,16 +361,23 @@ def _any_shape(name: str, shape: Any) -> tuple[int, ...]:
     return checks.check_shape(name, shape, ["size"] * len(sizes))
 
 
-def _per_channel(name: str, value: Any, channels: int) -> Any:
-    if not isinstance(value, (list, tuple, np.ndarray)):
-        return float(checks.check_finite_number(name, value))
+def _check_float32(name: str, value: Any) -> float:
+    """Raises unless a float32 holds the number, and its inverse."""
+    allowed = f"a number in [-{LARGEST:g}, {LARGEST:g}]"
+    return float(checks.check_number(name, value, -LARGEST, allowed, LARGEST))
+
+
+def per_channel(name: str, value: Any, channels: int) -> Any:
+    """Raises unless `value` is a number, or one per channel."""
+    if not isinstance(value, (list, tuple)) and not checks.is_array(value):
+        return _check_float32(name, value)
     values = checks.check_sequence(name, list(value), "a number per channel")
     if len(values) != channels:
         raise ValueError(
             f"`{name}` must be a number, or one per channel, {channels}. "
             f"Received: {len(values)}"
         )
-    return tuple(float(checks.check_finite_number(name, v)) for v in values)
+    return tuple(_check_float32(name, v) for v in values)
 
 
 def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:

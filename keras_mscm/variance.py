@@ -148,7 +148,11 @@ class MeasuredVariance(_Variance):
         if len(table) != LEVELS:
             raise checks.invalid("table", f"a list of {LEVELS} numbers", table)
         self.table = tuple(
-            float(checks.check_number("table", value, 0, "numbers from 0"))
+            float(
+                checks.check_number(
+                    "table", value, 0, "numbers from 0 to 1e30", 1e30
+                )
+            )
             for value in table
         )
 

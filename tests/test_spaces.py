@@ -113,8 +113,8 @@ def test_data_are_checked_and_samples_clipped(space, low, high):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: spaces.Pixels((4, 4)), "image_shape"),
-        (lambda: spaces.Pixels((4, 0, 1)), "image_shape"),
+        (lambda: spaces.Pixels((4, 4)), "shape"),
+        (lambda: spaces.Pixels((4, 0, 1)), "shape"),
         (lambda: spaces.Box(()), "shape"),
         (lambda: spaces.Box(3), "shape"),
         (lambda: spaces.Box((None, 2)), "shape"),

@@ -3,14 +3,59 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
+import numpy as np
+from keras import ops
+
 from keras_mscm import checks
 from keras_mscm.functional import parameterizations as P
 
 
 def check_sizes(name: str, value: Any) -> tuple[int, ...]:
     """Raises unless `value` is a shape of any rank but 0."""
-    axes = ["size"] * (len(value) if isinstance(value, (list, tuple)) else 1)
-    return checks.check_shape(name, value, axes)
+    allowed = "a tuple of one size of at least 1 or more"
+    sizes = checks.check_sequence(name, value, allowed)
+    return checks.check_shape(name, value, ["size"] * len(sizes))
+
+
+def check_mapping(name: str, value: Any) -> dict[str, Any]:
+    """Raises unless `value` is a dictionary by name, or None for an empty."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(
+        isinstance(key, str) for key in value
+    ):
+        raise checks.invalid(name, "a dictionary by name, or None", value)
+    return dict(value)
+
+
+def check_scale(name: str, value: Any) -> float:
+    """Raises unless `value` is positive, and far from a float32's ends."""
+    allowed = "a positive number in [1e-12, 1e12]"
+    return float(checks.check_number(name, value, 1e-12, allowed, 1e12))
+
+
+def check_constant(name: str, value: Any) -> tuple[np.ndarray, str]:
+    """An array of float32 or int32, and which; raises unless it is one."""
+    array = checks.check_numbers(name, value, "float32")
+    whole = np.asarray(ops.convert_to_numpy(value))
+    if whole.dtype.kind not in "iub":
+        return array, "float32"
+    return checks.check_numbers(name, value, "int32"), "int32"
+
+
+def run_in_float32(network: keras.Layer, names: Any) -> tuple[str, ...]:
+    """Sets the precision of a network's layers; raises unless it has them."""
+    allowed = "a list of names of the network's layers"
+    if not isinstance(names, (list, tuple)):
+        raise checks.invalid("float32_layers", allowed, names)
+    own = {layer.name: layer for layer in getattr(network, "layers", ())}
+    for name in names:
+        if not isinstance(name, str) or name not in own:
+            raise checks.invalid("float32_layers", allowed, names)
+        for part in own[name]._flatten_layers():
+            part.dtype_policy = "float32"
+    return tuple(names)
 
 
 def check_width(value: Any) -> int | None:

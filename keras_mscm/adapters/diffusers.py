@@ -102,6 +102,8 @@ def from_diffusers(
     ```
     """
     check_backend("from_diffusers", "torch")
+    described(network, "network")
+    checks.check_boolean("copied", copied)
     check_scheduler(scheduler)
     process = coordinates(scheduler)
     layer = DiffusersModule(
@@ -235,7 +237,8 @@ def _space(shape: tuple[int, ...], vae: Any) -> spaces.Space:
     if vae is None:
         pixels = shape[-1] in (1, 3)
         return spaces.Pixels(shape) if pixels else spaces.Box(shape)
-    config = described(vae)[1]
+    name, config = described(vae, "vae")
+    checks.check_choice("vae", name, ("AutoencoderKL",))
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     latents = config["latent_channels"]
     if latents != shape[-1]:

@@ -170,11 +170,16 @@ def _part_of(module: Any, part: str | None) -> Any:
     return torch.nn.Sequential(*(step for step in parts if step is not None))
 
 
-def described(module: Any) -> tuple[str, dict[str, Any]]:
-    """The class and the configuration of a model, as JSON has it."""
+def described(module: Any, name: str = "module") -> tuple[str, dict[str, Any]]:
+    """The class and the configuration of a model, as JSON has it.
+
+    Args:
+        module: What came.
+        name: The argument's name.
+    """
     config = getattr(module, "config", None)
     if not isinstance(config, Mapping):
-        raise checks.invalid("module", "a model of diffusers", module)
+        raise checks.invalid(name, "a model of diffusers", module)
     kept = {k: v for k, v in config.items() if not k.startswith("_")}
     return type(module).__name__, json.loads(json.dumps(kept))
 

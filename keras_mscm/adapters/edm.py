@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_mscm import checks, spaces
 from keras_mscm.adapters.network import AdaptedNetwork
-from keras_mscm.conditioning import Condition
+from keras_mscm.conditioning import Condition, check_declared
 from keras_mscm.models import DiffusionModel
 from keras_mscm.schedules import DiscreteSchedule, KarrasSchedule
 
@@ -43,6 +43,9 @@ def from_edm(
     Raises:
         ValueError: If an argument isn't as above.
     """
+    declared = check_declared(
+        "conditioning", {} if conditioning is None else conditioning
+    )
     adapted = AdaptedNetwork(
         network,
         image_shape,
@@ -50,10 +53,8 @@ def from_edm(
         time="edm",
         output="edm",
         sigma_data=sigma_data,
-        names=["z", "logsnr", *(conditioning or {})]
-        if names is None
-        else names,
-        conditioning=conditioning,
+        names=["z", "logsnr", *declared] if names is None else names,
+        conditioning=declared,
     )
     shape = adapted.image_shape
     pixels = len(shape) == 3 and shape[-1] in (1, 3)

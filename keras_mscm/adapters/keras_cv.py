@@ -104,9 +104,12 @@ def stable_diffusion_grid(num_steps: int) -> DiscreteSchedule:
         The schedule, for `generate(num_steps=..., schedule=...)`.
 
     Raises:
+        ValueError: If `num_steps` is out of its range.
         ImportError: If keras-cv isn't installed.
     """
-    return DiscreteSchedule.of_steps(_table(), num_steps, spacing="linspace")
+    table = _table()
+    n = checks.check_positive_integer("num_steps", num_steps, len(table))
+    return DiscreteSchedule.of_steps(table, n, spacing="linspace")
 
 
 def _table() -> tuple[float, ...]:

@@ -50,6 +50,8 @@ def from_keras_io_ddim(
     Raises:
         ValueError: If an argument isn't as above, or is lacking.
     """
+    if not isinstance(network, keras.Model):
+        raise checks.invalid("network", "a Keras model", network)
     if image_shape is None:
         image_shape = tuple(network.inputs[0].shape[1:])
         if None in image_shape:
@@ -126,8 +128,14 @@ class NormalizedPixels(spaces.Pixels):
         variance_of_pixels: Sequence[float],
     ):
         super().__init__(shape)
-        self.mean = tuple(map(float, mean))
-        self.variance_of_pixels = tuple(map(float, variance_of_pixels))
+        self.mean = spaces.per_channel("mean", mean, self.shape[-1])
+        self.variance_of_pixels = spaces.per_channel(
+            "variance_of_pixels", variance_of_pixels, self.shape[-1]
+        )
+        if np.min(self.variance_of_pixels) <= 0:
+            raise checks.invalid(
+                "variance_of_pixels", "positive", variance_of_pixels
+            )
 
     def encode(
         self, x: Tensor, draw: Callable[[Sequence], Tensor] | None = None
@@ -155,6 +163,14 @@ class NormalizedPixels(spaces.Pixels):
 def _space(shape: tuple[int, ...], normalizer: Any) -> spaces.Space:
     if normalizer is None:
         return spaces.Box(shape)
+    if getattr(normalizer, "variance", None) is None or not isinstance(
+        normalizer, keras.layers.Normalization
+    ):
+        raise checks.invalid(
+            "normalizer",
+            "a `keras.layers.Normalization` that has been adapted, or None",
+            normalizer,
+        )
     mean, variance = (
         np.broadcast_to(ops.convert_to_numpy(value).reshape(-1), shape[-1:])
         for value in (normalizer.mean, normalizer.variance)

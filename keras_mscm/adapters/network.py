@@ -132,25 +132,24 @@ class AdaptedNetwork(keras.Model):
         # The network casts for itself; what is done before must not be cast.
         super().__init__(autocast=False, **kwargs)
         self.network = network
-        self.float32_layers = tuple(float32_layers)
-        for layer_name in self.float32_layers:
-            _run_in_float32(network.get_layer(layer_name))
+        self.float32_layers = arguments.run_in_float32(network, float32_layers)
         self.image_shape = arguments.check_sizes("image_shape", image_shape)
         self.process = checks.check_choice("process", process, PROCESSES)
         self.time = checks.check_choice("time", time, TIMES)
         self.output_type = checks.check_choice("output", output, OUTPUTS)
         self.alphas_cumprod = arguments.check_table(time, alphas_cumprod)
-        self.sigma_data = checks.check_positive_number("sigma_data", sigma_data)
-        self.time_scale = checks.check_positive_number("time_scale", time_scale)
+        self.sigma_data = arguments.check_scale("sigma_data", sigma_data)
+        self.time_scale = arguments.check_scale("time_scale", time_scale)
         self.time_axes = checks.check_integer("time_axes", time_axes, 0, 8)
         self.time_width = arguments.check_width(time_width)
         self.conditioning = {
             name: self._stored(name, condition)
             for name, condition in check_declared(
-                "conditioning", conditioning or {}
+                "conditioning", {} if conditioning is None else conditioning
             ).items()
         }
         self.names = self._check_names(names)
+        constants = arguments.check_mapping("constants", constants)
         if constants and not isinstance(self.names, Mapping):
             raise ValueError(
                 "`constants` must not be given where `names` is a list. "
@@ -158,14 +157,13 @@ class AdaptedNetwork(keras.Model):
             )
         self.constants = {
             name: self._store(f"constant_{name}", value)
-            for name, value in (constants or {}).items()
+            for name, value in constants.items()
         }
         self.build()
 
     def _store(self, name: str, value: Any) -> keras.Variable:
         """An untrained weight that holds an array."""
-        value = np.asarray(ops.convert_to_numpy(value))
-        dtype = "int32" if value.dtype.kind in "iub" else "float32"
+        value, dtype = arguments.check_constant(name, value)
         # `autocast` would round it to half precision within the call.
         weight = self.add_weight(
             shape=value.shape,
@@ -376,11 +374,6 @@ def _from_description(description: dict[str, Any]) -> Condition:
     if shape is not None:
         config["null"] = np.zeros(shape, "float32")
     return Condition.from_config(config)
-
-
-def _run_in_float32(layer: keras.Layer) -> None:
-    for part in layer._flatten_layers():
-        part.dtype_policy = "float32"
 
 
 def _clone_of(network: keras.Layer) -> keras.Layer:

@@ -1,10 +1,11 @@
 """The loop over the steps, which all samplers share."""
 
-import math
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_mscm import backend, checks
@@ -17,6 +18,9 @@ Variance: TypeAlias = Callable[[Tensor], Tensor]
 Integrator: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Denoise], Tensor
 ]
+
+# The least time that a float32 holds with all its digits.
+LEAST_START = 2.0**-126
 
 
 class Sampler:
@@ -43,7 +47,8 @@ class Sampler:
         `z_0`, `(batch, ...)`.
 
     Raises:
-        ValueError: If `seed` or `start` is a number out of its range.
+        ValueError: If an argument isn't as above, or a number out of its
+            range.
 
     Example:
 
@@ -130,16 +135,30 @@ class Sampler:
         seed: Any = None,
         start: Tensor = 1.0,
     ) -> Tensor:
+        checks.check_function("denoise", denoise, "a function of (z, logsnr)")
+        checks.check_function("schedule", schedule, "a function of time")
+        numbers = re.search("float|int", str(getattr(noise, "dtype", "")))
+        if not checks.is_array(noise) or not numbers or 0 in noise.shape:
+            raise checks.invalid("noise", "an array of numbers", noise)
+        num_steps = _scalar("num_steps", num_steps)
+        if not hasattr(num_steps, "shape"):  # a number, not a tensor
+            num_steps = checks.check_positive_integer(
+                "num_steps", num_steps, 2**24
+            )
+        start = _scalar("start", start)
+        if not hasattr(start, "shape"):
+            start = checks.check_number(
+                "start", start, LEAST_START, "a number in (0, 1]", high=1
+            )
+        if not getattr(seed, "shape", ()):  # a number, not a state
+            seed = backend.random_state(checks.as_seed("seed", seed))
+        elif tuple(seed.shape) != (2,) or "int" not in str(seed.dtype):
+            allowed = "an integer, or two: a seed, and an image's number"
+            raise checks.invalid("seed", allowed, seed)
         noise = ops.convert_to_tensor(noise, "float32")
         batch = ops.ones((ops.shape(noise)[0],), "float32")
         total = ops.cast(num_steps, "float32")
-        if not getattr(seed, "shape", ()):  # a number, not a state
-            seed = backend.random_state(checks.as_seed("seed", seed))
         seed = ops.convert_to_tensor(seed)
-        if not hasattr(start, "shape"):  # a number, not a tensor
-            start = checks.check_number(
-                "start", start, math.ulp(0.0), "a number in (0, 1]", high=1
-            )
         start = ops.cast(start, "float32")
         ends = ops.convert_to_tensor([0.0, 1.0])  # of a step, t and s
 
@@ -168,3 +187,12 @@ class Sampler:
         """The inverse of `get_config`."""
         deserialize = keras.saving.deserialize_keras_object
         return cls(**{k: deserialize(value) for k, value in config.items()})
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """A number if it has a value on the host, or a scalar tensor."""
+    if isinstance(value, (np.ndarray, np.generic)) and not value.shape:
+        return value.item()
+    if getattr(value, "shape", ()) != ():
+        raise checks.invalid(name, "a number, or a scalar tensor", value)
+    return value

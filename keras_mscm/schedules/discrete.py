@@ -80,6 +80,7 @@ class DiscreteSchedule(NoiseSchedule):
         checks.check_choice("spacing", spacing, SPACINGS)
         length = len(table)
         if num_steps is None:
+            _check_final(final, table[0])
             return cls((final, *table))
         n = checks.check_integer("num_steps", num_steps, 1, length)
         offset = checks.check_integer("offset", offset, 0, length // n)
@@ -90,6 +91,7 @@ class DiscreteSchedule(NoiseSchedule):
         else:
             places = np.linspace(0, length - 1, n).round()
         places = np.clip(places, 0, length - 1).astype(int)
+        _check_final(final, table[places[0]])
         return cls((final, *(table[place] for place in places)))
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -98,3 +100,12 @@ class DiscreteSchedule(NoiseSchedule):
 
     def get_config(self) -> dict[str, Any]:
         return {"alphas_cumprod": self.alphas_cumprod}
+
+
+def _check_final(final: float, before: float) -> None:
+    """Raises unless the last step leads to less noise."""
+    if not final > before:
+        raise ValueError(
+            f"`final` must be above {before:g}, `alpha^2` where the last step "
+            f"begins. Received: final={final}"
+        )
