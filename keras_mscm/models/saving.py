@@ -1,6 +1,8 @@
 """What a model's file holds besides weights: random states, and arguments."""
 
+import copy
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -9,6 +11,7 @@ from keras import ops
 
 from keras_mscm import lora
 from keras_mscm.models import moving_average
+from keras_mscm.models.arguments import check_codec
 from keras_mscm.preset_files import untrusted
 
 
@@ -51,8 +54,9 @@ def from_config(
         ValueError: If it names what Keras doesn't know or what is no function
             of tensors, or the network is larger than this machine's memory.
     """
-    for part in ("network", "space"):  # which may have an autoencoder
-        untrusted.check_network(config.get(part), custom_objects)
+    untrusted.check_network(config.get("network"), custom_objects)
+    if isinstance(config.get("space"), dict):
+        untrusted.check_size(lambda: _codec(config["space"], custom_objects))
     # All but plain values were serialised: network, schedule, functions.
     return cls(
         **{
@@ -62,6 +66,14 @@ def from_config(
             for name, value in config.items()
         }
     )
+
+
+def _codec(space: dict[str, Any], custom_objects: Any) -> SimpleNamespace:
+    """The weights of the autoencoder that a configuration has, built."""
+    made = untrusted.deserialize(copy.deepcopy(space), custom_objects)
+    check_codec(made)
+    layers = [x for x in (made.encoder, made.decoder) if x is not None]
+    return SimpleNamespace(weights=[w for x in layers for w in x.weights])
 
 
 def save_lora(model: Any, path: str | os.PathLike) -> None:
