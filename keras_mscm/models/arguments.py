@@ -206,14 +206,14 @@ def check_network(
             f"`network` must return images of the shape of `z`, {space.shape}. "
             f"Received: a network that returns {shape}"
         )
-    check_codec(space)
+    _check_codec(space)
     for layer in _within([network, space.encoder, space.decoder]):
         # Keras would build a layer that no Keras layer calls (of another
         # framework, for example) by calling the model on raw images.
         layer.built = True
 
 
-def check_codec(space: Space) -> None:
+def _check_codec(space: Space) -> None:
     """Builds encoder and decoder; raises unless they suit their space."""
     pictures = space.picture_shape or ()
     *size, channels = space.shape

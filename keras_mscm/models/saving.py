@@ -11,7 +11,6 @@ from keras import ops
 
 from keras_mscm import lora
 from keras_mscm.models import moving_average
-from keras_mscm.models.arguments import check_codec
 from keras_mscm.preset_files import untrusted
 
 
@@ -71,9 +70,16 @@ def from_config(
 def _codec(space: dict[str, Any], custom_objects: Any) -> SimpleNamespace:
     """The weights of the autoencoder that a configuration has, built."""
     made = untrusted.deserialize(copy.deepcopy(space), custom_objects)
-    check_codec(made)
-    layers = [x for x in (made.encoder, made.decoder) if x is not None]
-    return SimpleNamespace(weights=[w for x in layers for w in x.weights])
+    weights: list = []
+    for layer, shape in (
+        (made.encoder, made.picture_shape),
+        (made.decoder, made.shape),
+    ):
+        if layer is not None:
+            if not layer.built:  # and not called, which takes its values
+                layer.build((None, *shape))
+            weights += layer.weights
+    return SimpleNamespace(weights=weights)
 
 
 def save_lora(model: Any, path: str | os.PathLike) -> None:
