@@ -30,7 +30,9 @@ SEED = np.array([0, 0], "uint32")
 
 
 @pytest.mark.parametrize(
-    "sampler", [samplers.DDIM(), samplers.ADDIM(), samplers.Heun()], ids=str
+    "sampler",
+    [samplers.DDIM(), samplers.ADDIM(), samplers.Heun()],
+    ids=lambda sampler: type(sampler).__name__,
 )
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("decode", [False, True])
