@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from keras_mscm.plan import make_plan, markdown
 from keras_mscm.plan.chips import CHIPS
 from keras_mscm.plan.estimate import DTYPES
+from keras_mscm.plan.foreign import FOREIGN
 from keras_mscm.plan.steps import METHODS
 
 
@@ -24,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "prints what the compiler says of its memory and its time. A large "
         "network takes minutes.",
     )
-    parser.add_argument("--preset", required=True, help="name or directory")
+    parser.add_argument(
+        "--preset",
+        required=True,
+        help="name or directory, or a foreign network of these: "
+        f"{', '.join(FOREIGN)}",
+    )
     parser.add_argument(
         "--topology",
         default="v5e:8x8",
@@ -48,6 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--gradient-accumulation-steps",
         type=int,
         help="batches to an update",
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, help="train adapters of this rank alone"
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, help="of the teacher in distillation"
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        help="memory of a device, in 10^9 bytes; the chip's by default",
+    )
+    parser.add_argument(
+        "--no-compile",
+        dest="compiled",
+        action="store_false",
+        help="count state and gradients, in seconds",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile in less time: for the memory alone",
     )
     parser.add_argument("--json", action="store_true", help="all as JSON")
     options = vars(parser.parse_args(arguments))

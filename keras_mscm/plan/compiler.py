@@ -23,6 +23,9 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+# Efforts of the compiler, from -1 to 1.
+_QUICK = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
+
 
 class DoesNotFit(Exception):
     """The compiler found no way to make do with the chip's memory.
@@ -62,8 +65,11 @@ class Program:
     code_bytes: float
 
 
-def check() -> None:
+def check(compiles: bool = True) -> None:
     """Raises unless JAX runs underneath Keras, and libtpu is there.
+
+    Args:
+        compiles: Whether libtpu is needed.
 
     Raises:
         ValueError: If Keras runs on another backend.
@@ -74,6 +80,8 @@ def check() -> None:
             "Plans are made with JAX, whose compiler knows TPUs: set "
             f"KERAS_BACKEND=jax. Received: KERAS_BACKEND={backend.NAME}"
         )
+    if not compiles:
+        return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -120,6 +128,7 @@ def compile_step(
     *,
     donate: bool,
     axes_of: Callable[[keras.Variable], tuple] | None = None,
+    quick: bool = False,
 ) -> Program:
     """Compiles a step whose batch is spread over the chips of a slice.
 
@@ -134,6 +143,8 @@ def compile_step(
         axes_of: Function of a variable that gives, for each of its axes, None
             or `"batch"`, if the chips share that axis out. By default each
             chip holds all variables.
+        quick: Whether the compiler is to spend little time on the program's
+            speed.
 
     Returns:
         What the compiler says.
@@ -171,7 +182,7 @@ def compile_step(
             *map(abstract, constants),
         )
     with _memory_errors():
-        compiled = lowered.compile()
+        compiled = lowered.compile(_QUICK if quick else None)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return Program(
         text=compiled.as_text(),
@@ -185,13 +196,39 @@ def compile_step(
     )
 
 
+def flops_of(layer: keras.Layer, inputs: Any) -> float:
+    """FLOPs of a layer's call, as it is written, before it is compiled.
+
+    Args:
+        layer: A layer, with values or without.
+        inputs: Structure of `keras.KerasTensor`s.
+    """
+    import jax
+
+    variables = layer.variables
+
+    def call(values, inputs):
+        with keras.StatelessScope(zip(variables, values)):
+            return layer(inputs)
+
+    def shape(x):
+        return jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
+
+    lowered = jax.jit(call).lower(
+        *keras.tree.map_structure(shape, (variables, inputs))
+    )
+    return lowered.cost_analysis()["flops"]
+
+
 def _mesh(chips: Slice) -> Any:
     """All chips of a slice in one row, as data parallelism has them."""
     from jax.experimental import topologies
 
+    # A host has four chips, if nobody says something else.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if chips.num_chips == 1 else {}
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=chips.topology
+            platform="tpu", topology_name=chips.topology, **alone
         )
     except Exception as error:  # whatever libtpu raises
         raise ValueError(

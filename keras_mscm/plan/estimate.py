@@ -7,19 +7,26 @@ import time
 from importlib import metadata
 from typing import Any
 
-import keras
-import numpy as np
-
 from keras_mscm import checks, preset_files
-from keras_mscm.plan import compiler, operations
+from keras_mscm.plan import compiler, foreign, operations
 from keras_mscm.plan.chips import Slice
-from keras_mscm.plan.steps import METHODS, Step, step_of
+from keras_mscm.plan.steps import (
+    METHODS,
+    gradient_bytes,
+    pass_flops,
+    state_parts,
+    step_of,
+)
 
 NOTE = (
     "The compiler's estimate, not a measurement: no TPU was there. Cycles are "
     "summed as if no operation overlapped another; what is sent is divided by "
     "the bandwidth of the links, and added, but for what the compiler itself "
     "has sent while others compute."
+)
+COUNTED = (
+    "Counted from shapes, not compiled: what is alive within the step comes on "
+    "top, but for the gradients."
 )
 GIB = 2**30
 DTYPES = (
@@ -44,6 +51,11 @@ def make_plan(
     remat: bool = False,
     shard_weights: bool = False,
     gradient_accumulation_steps: int | None = None,
+    lora_rank: int | None = None,
+    guidance_scale: float | None = None,
+    memory_gb: float | None = None,
+    compiled: bool = True,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Compiles a step for a TPU slice that isn't there, and says what it costs.
 
@@ -52,7 +64,10 @@ def make_plan(
     takes the memory of the compiler, a few GiB.
 
     Args:
-        preset: Name or directory of the network's preset.
+        preset: Name or directory of the network's preset; or the name of a
+            network of another library, `"stable_diffusion_3_medium"` of
+            KerasHub, whose student begins with its weights, by
+            `from_teacher(teacher, copy=False)`.
         topology: Slice, a chip and the chips along each axis: `"v5e:8x8"`.
         batch_size: Images per step, over all chips; a multiple of their
             number.
@@ -61,12 +76,22 @@ def make_plan(
         dtype: Policy of the network and the model: `"mixed_bfloat16"`,
             `"mixed_float16"`, `"bfloat16"`, `"float16"` or `"float32"`.
         remat: Whether blocks are computed again for the gradient, and not kept
-            (`UViT`'s `remat`).
+            (`UViT`'s `remat`; of a foreign network `keras.RematScope`).
         shard_weights: Whether weights, averages and the optimizer's state are
             spread over the chips (`keras_mscm.distribution.fully_sharded`);
             by default each chip holds all of them.
         gradient_accumulation_steps: Batches of `batch_size` to an update of
             the weights, at least 2; or None.
+        lora_rank: Rank of adapters that are trained in the weights' place, so
+            that these are held once; None for none.
+        guidance_scale: Scale of the teacher's guidance, in `"distillation"`.
+        memory_gb: Memory of a device in 10^9 bytes, at most the chip's, if it
+            is to be compared with another than that.
+        compiled: Whether the step is compiled. If not, state and gradients are
+            counted, in seconds and without libtpu.
+        quick: Whether the compiler is to spend little time on the program's
+            speed. Its memory stays nearly the same, what is said of time says
+            little.
 
         Of `remat` and `gradient_accumulation_steps` there is nothing to plan
         in `"generate"`, which takes no gradient.
@@ -82,7 +107,8 @@ def make_plan(
             backend than JAX.
         ImportError: If libtpu is not installed.
     """
-    preset_files.find(preset)
+    if not foreign.is_foreign(preset):
+        preset_files.find(preset)
     chips = Slice(topology)
     checks.check_choice("method", method, METHODS)
     checks.check_choice("dtype", dtype, DTYPES)
@@ -112,7 +138,10 @@ def make_plan(
             f"`batch_size` must be a multiple of the {chips.num_chips} chips "
             f"of {topology}. Received: batch_size={batch_size}"
         )
-    compiler.check()
+    capacity = _check_more(
+        chips, method, lora_rank, guidance_scale, memory_gb, compiled, quick
+    )
+    compiler.check(compiled)
     begin = time.perf_counter()
     step = step_of(
         preset,
@@ -122,9 +151,12 @@ def make_plan(
         dtype=dtype,
         remat=remat,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        lora_rank=lora_rank,
+        guidance_scale=guidance_scale,
     )
+    state = state_parts(step)
     plan = {
-        "note": NOTE,
+        "note": NOTE if compiled else COUNTED,
         "steps_per_second": None,
         "memory_gib_per_chip": None,
         "fits": False,
@@ -139,14 +171,29 @@ def make_plan(
         "remat": remat,
         "shard_weights": shard_weights,
         "gradient_accumulation_steps": gradient_accumulation_steps,
+        "lora_rank": lora_rank,
+        "guidance_scale": guidance_scale,
+        "quick": quick,
         "parameters": step.model.network.count_params(),
-        "memory_capacity_gib": chips.chip.memory_bytes / GIB,
+        "state_gib": {name: size / GIB for name, size in state.items()},
+        "gradients_gib": gradient_bytes(step) / GIB,
+        "memory_capacity_gib": capacity / GIB,
         "date": datetime.date.today().isoformat(),
         "versions": {
             name: metadata.version(name)
-            for name in ("keras", "jax", "jaxlib", "libtpu")
+            for name in ("keras", "jax", "jaxlib", "libtpu")[: 3 + compiled]
         },
     }
+    held = sum(state.values()) / (chips.num_chips if shard_weights else 1)
+    if not compiled:
+        memory = {"arguments": held / GIB, "gradients": plan["gradients_gib"]}
+        needed = sum(memory.values())
+        return plan | {
+            "memory_gib_per_chip": needed,
+            "memory_gib": memory,
+            # Whether the rest fits too, nobody has asked the compiler.
+            "fits": None if needed <= plan["memory_capacity_gib"] else False,
+        }
     try:
         program = compiler.compile_step(
             step.function,
@@ -156,21 +203,22 @@ def make_plan(
             chips,
             donate=step.updates,
             axes_of=step.sharded_axes(chips) if shard_weights else None,
+            quick=quick,
         )
     except compiler.DoesNotFit as error:
-        state = _state_bytes(step) / (chips.num_chips if shard_weights else 1)
         plan |= {
-            "memory_gib_per_chip": (state + error.needed_bytes) / GIB,
+            "memory_gib_per_chip": (held + error.needed_bytes) / GIB,
             "memory_gib": {
-                "arguments": state / GIB,
+                "arguments": held / GIB,
                 "temporaries": error.needed_bytes / GIB,
             },
             "compiler_says": str(error),
         }
         return plan | {"advice": advice(plan)}
     plan["compile_seconds"] = round(time.perf_counter() - begin, 1)
-    model_flops = step.passes * step.model.network.flops() * batch_size
+    model_flops = step.passes * pass_flops(step.model) * batch_size
     plan |= costs(program, chips, model_flops, student_steps)
+    plan["fits"] = plan["memory_gib_per_chip"] <= plan["memory_capacity_gib"]
     return plan if plan["fits"] else plan | {"advice": advice(plan)}
 
 
@@ -247,11 +295,37 @@ def costs(
     }
 
 
-def _state_bytes(step: Step) -> float:
-    return sum(
-        math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
-        for variable in keras.tree.flatten(step.variables)
-    )
+def _check_more(
+    chips: Slice,
+    method: str,
+    lora_rank: Any,
+    guidance_scale: Any,
+    memory_gb: Any,
+    compiled: Any,
+    quick: Any,
+) -> float:
+    """Raises unless these arguments are in their ranges; bytes of a device."""
+    checks.check_boolean("compiled", compiled)
+    checks.check_boolean("quick", quick)
+    if lora_rank is not None:
+        checks.check_positive_integer("lora_rank", lora_rank)
+    if guidance_scale is not None:
+        checks.check_number(
+            "guidance_scale", guidance_scale, 0, "a number of at least 0"
+        )
+        if method != "distillation":
+            raise checks.invalid(
+                "guidance_scale",
+                f"not given for {method!r}, which has no teacher",
+                guidance_scale,
+            )
+    if memory_gb is None:
+        return chips.chip.memory_bytes
+    memory_gb = checks.check_positive_number("memory_gb", memory_gb)
+    if memory_gb * 1e9 > chips.chip.memory_bytes:
+        most = f"at most {chips.chip.memory_bytes / 1e9:.0f}, the chip's"
+        raise checks.invalid("memory_gb", most, memory_gb)
+    return memory_gb * 1e9
 
 
 def advice(plan: dict[str, Any]) -> list[str]:

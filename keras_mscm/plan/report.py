@@ -33,12 +33,16 @@ def markdown(plan: dict[str, Any]) -> str:
         ("slice", f"{plan['topology']}, {plan['num_chips']} x {plan['chip']}"),
     ]
     needed, capacity = plan["memory_gib_per_chip"], plan["memory_capacity_gib"]
-    verdict = "" if plan["fits"] else " **does not fit**"
+    verdict = " **does not fit**" if plan["fits"] is False else ""
     memory = [f"{needed:.2f} of {capacity:g} GiB{verdict}"]
     memory += [
         f"{name} {size:.2f}" for name, size in plan["memory_gib"].items()
     ]
     rows.append(("memory per chip", "; ".join(memory)))
+    state = {**plan["state_gib"], "gradients, within the step": 0.0}
+    state["gradients, within the step"] = plan["gradients_gib"]
+    parts = [f"{k} {size:.2f}" for k, size in state.items() if size >= 5e-3]
+    rows.append(("in GiB, of all chips together", "; ".join(parts)))
     if plan["steps_per_second"]:
         rows += _time_rows(plan)
     if "compile_seconds" in plan:
@@ -73,6 +77,10 @@ def _settings(plan: dict[str, Any]) -> str:
         settings.append(f"{plan['student_steps']} evaluations")
     else:
         settings.append("Adam, moving average")
+    if plan["lora_rank"]:
+        settings.append(f"LoRA of rank {plan['lora_rank']}")
+    if plan["guidance_scale"] is not None:
+        settings.append(f"guidance {plan['guidance_scale']:g}")
     settings += ["remat"] if plan["remat"] else []
     settings += ["weights sharded"] if plan["shard_weights"] else []
     accumulated = plan["gradient_accumulation_steps"]
