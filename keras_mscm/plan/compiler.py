@@ -65,23 +65,27 @@ class Program:
     code_bytes: float
 
 
-def check(compiles: bool = True) -> None:
-    """Raises unless JAX runs underneath Keras, and libtpu is there.
-
-    Args:
-        compiles: Whether libtpu is needed.
+def check_backend() -> None:
+    """Raises unless JAX runs underneath Keras.
 
     Raises:
         ValueError: If Keras runs on another backend.
-        ImportError: If libtpu is not installed.
     """
     if backend.NAME != "jax":
         raise ValueError(
             "Plans are made with JAX, whose compiler knows TPUs: set "
             f"KERAS_BACKEND=jax. Received: KERAS_BACKEND={backend.NAME}"
         )
-    if not compiles:
-        return
+
+
+def check() -> None:
+    """Raises unless JAX runs underneath Keras, and libtpu is there.
+
+    Raises:
+        ValueError: If Keras runs on another backend.
+        ImportError: If libtpu is not installed.
+    """
+    check_backend()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:

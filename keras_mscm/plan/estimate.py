@@ -90,8 +90,8 @@ def make_plan(
         compiled: Whether the step is compiled. If not, state and gradients are
             counted, in seconds and without libtpu.
         quick: Whether the compiler is to spend little time on the program's
-            speed. Its memory stays nearly the same, what is said of time says
-            little.
+            speed. Its memory stays nearly the same, and nothing is said of
+            its time.
 
         Of `remat` and `gradient_accumulation_steps` there is nothing to plan
         in `"generate"`, which takes no gradient.
@@ -141,7 +141,10 @@ def make_plan(
     capacity = _check_more(
         chips, method, lora_rank, guidance_scale, memory_gb, compiled, quick
     )
-    compiler.check(compiled)
+    if compiled:
+        compiler.check()
+    else:
+        compiler.check_backend()
     begin = time.perf_counter()
     step = step_of(
         preset,
@@ -218,6 +221,11 @@ def make_plan(
     plan["compile_seconds"] = round(time.perf_counter() - begin, 1)
     model_flops = step.passes * pass_flops(step.model) * batch_size
     plan |= costs(program, chips, model_flops, student_steps)
+    if quick:  # because its cycles mean nothing then
+        plan["steps_per_second"] = None
+        for name in ("cycles", "seconds", "model_flops_utilisation"):
+            del plan[name]
+        del plan["operations"]
     plan["fits"] = plan["memory_gib_per_chip"] <= plan["memory_capacity_gib"]
     return plan if plan["fits"] else plan | {"advice": advice(plan)}
 
