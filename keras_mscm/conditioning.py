@@ -4,6 +4,7 @@ A network declares them, by name, in its attribute `conditioning`. Data,
 sampling, label dropout, guidance, callbacks and plans follow what it declares.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, Self, TypeAlias
 
@@ -146,8 +147,9 @@ class Condition:
             tuple(value.shape[1:]), shape
         ):
             raise checks.invalid(name, allowed, value)
-        kind = keras.backend.standardize_dtype(value.dtype)
-        if self.dtype == "int32" and "int" not in kind:
+        kind = str(value.dtype)
+        good = "int" if self.dtype == "int32" else "float|int|bool"
+        if not re.search(good, kind):
             raise checks.invalid(name, allowed, value)
         if "float" in kind and not np.all(
             np.isfinite(ops.convert_to_numpy(value))

@@ -65,6 +65,8 @@ class Generator:
                 raise checks.invalid("schedule", allowed, schedule)
             self.schedule = schedule
         self.guided = checks.check_boolean("guided", guided)
+        if self.guided:
+            model.check_guidable("guided", guided)
         self.decode = checks.check_boolean("decode", decode)
 
     def __call__(
@@ -87,6 +89,12 @@ class Generator:
             return model.denoise_guided(*inputs, *guidance_scale)[0]
 
         x = self.sampler(denoise, noise, self.schedule, num_steps, seed)
+        shape = tuple(getattr(x, "shape", ()))[1:]
+        if len(shape) != len(space.shape) or any(
+            got not in (size, None) for got, size in zip(shape, space.shape)
+        ):
+            allowed = f"a function that returns (batch, *{space.shape})"
+            raise checks.invalid("sampler", allowed, self.sampler)
         return space.decode(x) if self.decode else ops.convert_to_tensor(x)
 
     @property

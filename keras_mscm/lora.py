@@ -10,6 +10,7 @@ Reference:
 
 import contextlib
 import functools
+import math
 import os
 import re
 import struct
@@ -84,14 +85,26 @@ def enable(
     if not layers:
         kind = "Dense or EinsumDense layer"
         raise ValueError(
-            f"`lora_targets` must name a {kind} of the network. Received: "
+            f"`lora_targets` must name a {kind} of the network, to which "
+            "`lora_rank` adds. Received: "
             f"lora_targets={targets!r:.100}, and none has such a path"
+        )
+    widest = max(_full_rank(layer) for layer in layers)
+    if rank > widest:
+        raise checks.invalid(
+            "lora_rank", f"at most {widest}, the largest of a kernel", rank
         )
     for layer in layers:
         if not layer.lora_enabled:
             layer.enable_lora(rank, lora_alpha=alpha)
     _settle(network)
     return adapted(network)
+
+
+def _full_rank(layer: keras.Layer) -> int:
+    """The rank that a layer's kernel has at most."""
+    *rows, columns = layer._kernel.shape
+    return min(math.prod(rows), columns)
 
 
 def _settle(network: keras.Layer) -> None:

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_mscm import checks
 from keras_mscm.functional import parameterizations as P
+from keras_mscm.preset_files import untrusted
 
 
 def check_sizes(name: str, value: Any) -> tuple[int, ...]:
@@ -27,6 +28,26 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
     ):
         raise checks.invalid(name, "a dictionary by name, or None", value)
     return dict(value)
+
+
+def check_distinct(name: str, names: Sequence[Any]) -> None:
+    """Raises unless all of what a network is to be given has its own name."""
+    if not all(isinstance(each, str) and each for each in names) or len(
+        {*names}
+    ) < len(names):
+        raise checks.invalid(name, "of distinct names, strings", names)
+
+
+def check_call(network: keras.Layer, inputs: Mapping[str, Any]) -> None:
+    """Raises unless a network takes its inputs, which builds it."""
+    try:
+        network(inputs)
+    except Exception as error:  # because it is anybody's network
+        raise ValueError(
+            "`network` must take what `process`, `time`, `names` and "
+            "`conditioning` say. Received: a network that raises "
+            f"{type(error).__name__}: {untrusted.summary(error)}"
+        ) from error
 
 
 def check_scale(name: str, value: Any) -> float:

@@ -150,6 +150,9 @@ class AdaptedNetwork(keras.Model):
         }
         self.names = self._check_names(names)
         constants = arguments.check_mapping("constants", constants)
+        if isinstance(self.names, Mapping):
+            taken = [*constants, *self.names.values()]
+            arguments.check_distinct("constants", taken)
         if constants and not isinstance(self.names, Mapping):
             raise ValueError(
                 "`constants` must not be given where `names` is a list. "
@@ -196,7 +199,9 @@ class AdaptedNetwork(keras.Model):
         if isinstance(names, Mapping):
             if not {*names} <= {*ours}:
                 raise checks.invalid("names", f"a dictionary of {ours}", names)
-            return {name: names.get(name, name) for name in ours}
+            theirs = {name: names.get(name, name) for name in ours}
+            arguments.check_distinct("names", [*theirs.values()])
+            return theirs
         if not isinstance(names, (list, tuple)) or sorted(names) != sorted(
             ours
         ):
@@ -221,7 +226,7 @@ class AdaptedNetwork(keras.Model):
             }
             inputs["z"] = keras.KerasTensor((None, *self.image_shape))
             inputs["logsnr"] = keras.KerasTensor((None,))
-            self(inputs)
+            arguments.check_call(self, inputs)
 
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None

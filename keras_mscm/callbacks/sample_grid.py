@@ -94,7 +94,8 @@ class SampleGrid(SamplingCallback):
         if "decode" in generate_with:
             raise ValueError(
                 "`decode` must not be given, because `SampleGrid` draws "
-                f"pictures. Received: decode={generate_with['decode']}"
+                "pictures. Received: decode="
+                f"{checks.describe(generate_with['decode'])}"
             )
         if columns is None:
             columns = math.ceil(math.sqrt(self.num_images))

@@ -40,6 +40,7 @@ def check(
     checks.check_choice(
         "prediction_type", prediction_type, process.PREDICTION_TYPES
     )
+    _agreed("prediction_type", prediction_type, network)
     label_dropout = checks.check_number(
         "label_dropout", label_dropout, 0, "in [0, 1)", BELOW_1
     )
@@ -232,9 +233,16 @@ def _check_codec(space: Space) -> None:
         if layer is None:
             continue
         given = keras.KerasTensor((None, *shape), "float32")
-        if not layer.built:
-            layer(given)
-        output = _Called(layer, training=False)(given)
+        try:
+            if not layer.built:
+                layer(given)
+            output = _Called(layer, training=False)(given)
+        except Exception as error:  # because it is anybody's layer
+            raise ValueError(
+                f"`{name}` must take arrays {tuple(given.shape)}. Received: "
+                f"a layer that raises {type(error).__name__}: "
+                f"{untrusted.summary(error)}"
+            ) from error
         shape = tuple(getattr(output, "shape", ()))[1:]
         if shape not in allowed:
             raise ValueError(

@@ -6,6 +6,7 @@ The functions whose first argument is a class or a model are their methods.
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_mscm import checks, lora, samplers
@@ -147,6 +148,12 @@ def attach_teacher(model: Any, teacher: Any, *, copy: bool = True) -> None:
         )
     elif callable(teacher) and not isinstance(teacher, (keras.Layer, type)):
         _check_closed_form(model, teacher)
+        told = model.conditioning.values()
+        if model.guidance_scale != 1 and not any(c.can_be_absent for c in told):
+            raise ValueError(
+                "`guidance_scale` must be 1 where nothing can be left out of "
+                f"the conditioning. Received: {model.guidance_scale}"
+            )
         model.teacher.hold(
             None, conditioning=model.conditioning, closed_form=teacher
         )
@@ -173,7 +180,8 @@ def _check_closed_form(model: Any, teacher: Any) -> None:
         for name, c in model.conditioning.items()
     }
     try:
-        shape = tuple(teacher(z, ops.zeros((2,)), given).shape)
+        x = ops.convert_to_numpy(teacher(z, ops.zeros((2,)), given))
+        shape = tuple(x.shape)
     except Exception as error:  # because it is somebody else's function
         raise checks.invalid(
             "teacher", "a function of (z, logsnr, conditioning)", teacher
@@ -182,6 +190,11 @@ def _check_closed_form(model: Any, teacher: Any) -> None:
         raise ValueError(
             f"`teacher` must return x of the shape of z, {tuple(z.shape)}. "
             f"Received: {shape}"
+        )
+    if not np.all(np.isfinite(x)):
+        raise ValueError(
+            "`teacher` must return finite numbers. Received: NaN or infinite "
+            "ones for z and log-SNR of 0"
         )
 
 
@@ -205,6 +218,7 @@ def check_teacher_step(
         _check_integrates(integrator)
     if x_var is not None:
         checks.check_function("x_var", x_var, "a function of log-SNR")
+        _check_variance(x_var)
     _check_variances(integrator, eta, x_var)
     return integrator, eta, x_var
 
@@ -307,6 +321,21 @@ def own_steps(
             f"for, student_steps={trained}. Received: num_steps={num_steps}"
         )
     return trained, samplers.DDIM(), own_schedule
+
+
+def _check_variance(x_var: Any) -> None:
+    """Raises unless a function gives a variance for each log-SNR."""
+    if isinstance(x_var, ErrorShare):
+        return
+    try:
+        shape = tuple(x_var(ops.zeros((2,))).shape)
+    except Exception as error:  # because it is somebody else's function
+        raise checks.invalid("x_var", "a function of log-SNR", x_var) from error
+    if shape not in ((), (2,)):
+        raise ValueError(
+            "`x_var` must return a number for each log-SNR. Received: shape "
+            f"{shape} for (2,)"
+        )
 
 
 def _check_integrates(integrator: samplers.Sampler) -> None:

@@ -8,6 +8,7 @@ from keras_mscm import checks
 from keras_mscm import functional as F
 from keras_mscm.samplers.base import Variance
 from keras_mscm.samplers.singlestep import SinglestepSampler
+from keras_mscm.variance import ErrorShare
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -37,4 +38,9 @@ class ADDIM(SinglestepSampler):
         return F.addim_x(x, z_t, logsnr_t, logsnr_s, x_var)
 
     def x_variance(self, logsnr):
+        if isinstance(self.x_var, ErrorShare):
+            raise ValueError(
+                "`x_var` must be a function of log-SNR alone in sampling, "
+                f"where the data aren't known. Received: {self.x_var}"
+            )
         return self.x_var(logsnr)
