@@ -19,6 +19,9 @@ SHAPE = (4, 4, 1)
 def all_adapters(w: World) -> Iterator[Entry]:
     """Those that run on this backend."""
     foreign = Foreign()
+    # Made now, because it takes long to import the libraries.
+    _ = foreign.flux, foreign.scheduler
+    adapters.stable_diffusion_grid(2)
     entry = functools.partial(_of_model, foreign)
     yield entry_of(
         "adapters.AdaptedNetwork",

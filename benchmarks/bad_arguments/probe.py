@@ -35,7 +35,11 @@ WORKED = "worked"
 # labels, and here `{"x": 1}` is tried.
 ALSO = {
     "y": ("labels",),
-    **dict.fromkeys(("conditioning", "constants"), ("x", "constant_x")),
+    "conditioning": ("x",),
+    # What only a foreign network can tell.
+    **dict.fromkeys(
+        ("constants", "time_axes", "time_width"), ("network", "constant_x")
+    ),
 }
 #: What must not be.
 BAD = UNCLEAR, SILENT, CRASH
