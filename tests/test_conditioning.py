@@ -92,7 +92,6 @@ def test_comes_back_from_its_configuration(kind):
         ({"shape": (3,), "null": np.zeros(2)}, "null"),
         ({"shape": (None, 3), "null": np.zeros(3)}, "null"),
     ],
-    ids=str,
 )
 def test_refused(kw, name):
     with pytest.raises(ValueError, match=f"`{name}` must"):
