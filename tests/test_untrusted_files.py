@@ -22,11 +22,14 @@ import pytest
 from keras import ops
 
 from keras_mscm import (
+    Condition,
     DenoisingModel,
+    DiffusionModel,
     MultistepConsistencyModel,
     UViT,
     losses,
     preset_files,
+    spaces,
 )
 from keras_mscm import presets as listed
 from keras_mscm.metrics import Reference
@@ -722,3 +725,143 @@ def test_a_reference_replaces_only_references(reference, tmp_path, content):
     made.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert reference.stat().st_mode == path.stat().st_mode
+
+
+# Adapters' files.
+
+
+def truncated(path, arrays):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def other_contents(name, value):
+    def damage(path, arrays):
+        np.savez(path, **{**arrays, name: value})
+
+    return damage
+
+
+def one_less(path, arrays):
+    np.savez(path, **{k: v for k, v in arrays.items() if k != "0.scale"})
+
+
+def a_header_of_100_gb(path, arrays):
+    header = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": (HUGE,)}
+    np.lib.format.write_array_header_1_0(header, described)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("0.more.npy", header.getvalue())
+
+
+def a_bomb(path, arrays):
+    header = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": (2**27,)}
+    np.lib.format.write_array_header_1_0(header, described)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("0.more.npy", "w") as member:
+            member.write(header.getvalue())
+            for _ in range(512):
+                member.write(bytes(2**20))
+
+
+LORA = {
+    "truncated": truncated,
+    "empty": lambda path, arrays: path.write_bytes(b""),
+    "array": lambda path, arrays: path.write_bytes(b"\x93NUMPY\x01\x00"),
+    "zip": lambda path, arrays: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "other_rank": other_contents("0.lora_kernel_a", np.zeros((16, 3), "f4")),
+    "nan": other_contents("0.lora_kernel_b", np.full((2, 16), np.nan, "f4")),
+    "infinite": other_contents("0.scale", np.float32("inf")),
+    "words": other_contents("0.scale", np.array("1")),
+    "complex": other_contents("0.scale", np.array(1j)),
+    "one_less": one_less,
+    "header": a_header_of_100_gb,
+    "bomb": a_bomb,
+}
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    model = DiffusionModel(a_network(), image_shape=(4, 4, 1), lora_rank=2)
+    model.save_lora(tmp_path / "lora.npz")
+    return model, tmp_path / "lora.npz"
+
+
+def refuses(model, path):
+    before = [ops.convert_to_numpy(w) for w in model.weights]
+    memory = peak()
+    with pytest.raises(ValueError, match="`path` must"):
+        model.load_lora(path)
+    assert peak() - memory < 3e8
+    for ours, was in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(ours), was)
+
+
+@pytest.mark.parametrize("damage", LORA.values(), ids=LORA)
+def test_adapters_that_are_damaged(adapted, damage):
+    model, path = adapted
+    model.load_lora(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    damage(path, arrays)
+    refuses(model, path)
+
+
+def test_pickles_in_adapters(adapted, marker):
+    model, path = adapted
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["0.scale"] = np.array([Evil(marker)], dtype=object)
+    np.savez(path, **arrays)
+    refuses(model, path)
+    assert not marker.exists()
+
+
+# What a model says of its examples.
+
+DECLARED = {
+    "space_function": ("space", FUNCTIONS["os"]),
+    "space_class": ("space", FUNCTIONS["popen"]),
+    "decoder": (("space", "config", "decoder"), FUNCTIONS["os"]),
+    "shape": (("space", "config", "shape"), [4, -4, 1]),
+    "scale": (("space", "config", "scale"), float("nan")),
+    "declaration": ("conditioning", {"pooled": FUNCTIONS["os"]}),
+    "size": (("conditioning", "pooled", "config", "shape"), [HUGE]),
+    "null": (("conditioning", "pooled", "config", "null"), [[1.0], 2.0]),
+    "classes": (("conditioning", "pooled", "config", "num_classes"), -1),
+}
+
+
+@pytest.fixture(scope="module")
+def declared(tmp_path_factory):
+    """A file of a model of latents, which are conditioned on something."""
+    inputs = {
+        "z": keras.Input((4, 4, 1), name="z"),
+        "logsnr": keras.Input((), name="logsnr"),
+        "pooled": keras.Input((3,), name="pooled"),
+    }
+    told = keras.layers.Dense(1)(inputs["pooled"])[:, None, None]
+    network = keras.Model(inputs, keras.layers.Dense(1)(inputs["z"]) + told)
+    double = keras.layers.UpSampling2D(2, data_format="channels_last")
+    model = DiffusionModel(
+        network,
+        space=spaces.Latents((4, 4, 1), None, double, image_shape=(8, 8, 1)),
+        conditioning={"pooled": Condition((3,), null=0.0)},
+    )
+    path = tmp_path_factory.mktemp("declared") / "model.keras"
+    model.save(path)
+    return path
+
+
+@pytest.mark.parametrize(("slot", "value"), DECLARED.values(), ids=DECLARED)
+def test_what_a_model_says_of_its_examples(
+    declared, tmp_path, payload, marker, slot, value
+):
+    assert isinstance(load(declared), DiffusionModel)
+    slot = ("config", *((slot,) if isinstance(slot, str) else slot))
+    path = with_payload(declared, tmp_path / "evil.keras", slot, value)
+    before = peak()
+    refused = load(path)
+    assert isinstance(refused, (ValueError, TypeError)), refused
+    assert not marker.exists()
+    assert peak() - before < 3e8
