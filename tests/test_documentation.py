@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+import runpy
+import types
 from pathlib import Path
 
 import keras
@@ -64,3 +66,36 @@ def test_the_code_of_the_guide(tmp_path, monkeypatch):
         exec(block, names)
     assert names["few_steps"].shape == (10, 8, 8, 1)
     assert int(names["student"].iteration) == 6
+
+
+def test_the_guide_to_pretrained_models():
+    root = Path(__file__).parent.parent
+    names = runpy.run_path(str(root / "guides/distil_a_pretrained_model.py"))
+    assert names["images"].shape == (2, 8, 8, 3)
+    assert names["student"].teacher.attached
+    assert int(names["small"].iteration) == 1
+
+
+def test_the_code_of_the_readme_that_distils_your_model():
+    from tests.adapters import test_keras_hub as tiny
+
+    root = Path(__file__).parent.parent
+    section = (root / "README.md").read_text().split("## Distil your model")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    assert len(section.split("\n## ")[0].splitlines()) < 30
+    # Its own tokenizer is a download.
+    preprocessor = types.SimpleNamespace(
+        generate_preprocess=lambda prompts: tiny.tokens(len(prompts), 0)
+    )
+    names = {
+        "keras": keras,
+        "MultistepConsistencyModel": keras_mscm.MultistepConsistencyModel,
+        "sd3": types.SimpleNamespace(
+            backbone=tiny.stable_diffusion_3(), preprocessor=preprocessor
+        ),
+        "images": np.zeros((2, 64, 64, 3), "float32"),
+        "captions": ["a hare", "a hedgehog"],
+    }
+    exec(code.replace("lora_rank=64", "lora_rank=2"), names)
+    assert names["pictures"].shape == (1, 64, 64, 3)
+    assert int(names["student"].iteration) == 1
