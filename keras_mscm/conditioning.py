@@ -182,7 +182,8 @@ class Condition:
             and self.get_config() == other.get_config()
         )
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return hash((type(self), self.shape, self.dtype))
 
     def __repr__(self) -> str:
         shape = f"shape={self.shape}, dtype={self.dtype!r}"

@@ -89,7 +89,8 @@ class Space:
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and ({**vars(self)} == {**vars(other)})
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return hash((type(self), self.shape))
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")

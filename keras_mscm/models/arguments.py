@@ -328,8 +328,8 @@ def config_of(model: Any) -> dict[str, Any]:
         "num_classes": model.num_classes,
         "context_width": model.context_width,
         "label_dropout": model.label_dropout,
-        "ema_decay": model.ema_decay,
-        "ema_half_life": model.ema_half_life,
+        "ema_decay": float(model.ema_decay),
+        "ema_half_life": model.ema_half_life and float(model.ema_half_life),
         "seed": model.seed,
     }
     # What version 0.1 doesn't know is written where it is used, so that it
