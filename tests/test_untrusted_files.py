@@ -757,11 +757,13 @@ def a_bomb(path, arrays):
     header = io.BytesIO()
     described = {"descr": "<f4", "fortran_order": False, "shape": (2**27,)}
     np.lib.format.write_array_header_1_0(header, described)
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("0.more.npy", "w") as member:
-            member.write(header.getvalue())
-            for _ in range(512):
-                member.write(bytes(2**20))
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("0.more.npy", "w") as member,
+    ):
+        member.write(header.getvalue())
+        for _ in range(512):
+            member.write(bytes(2**20))
 
 
 LORA = {
