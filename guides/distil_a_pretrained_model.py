@@ -491,7 +491,7 @@ teacher and student.
 | foreign model | lines | 4 steps | 50 steps | CD | copies |
 | --- | --- | --- | --- | --- | --- |
 | KerasHub: Stable Diffusion 3 | 4 | 4.5e-5 | 4.1e-6 | jax (guided) | 4.00 / 3.00 / 2.00 / 2.08 |
-| KerasHub: Stable Diffusion 3, guided | 4 | 6.3e-5 | 8.6e-6 | jax (guided) | 4.00 / 3.00 / 2.00 / 2.08 |
+| KerasHub: Stable Diffusion 3, guided | 4 | 6.3e-5 | 8.6e-6 | jax, tensorflow (guided) | 4.00 / 3.00 / 2.00 / 2.08 |
 | keras-cv: Stable Diffusion, guided | 4 | 5.9e-6 | 4.8e-6 | jax (guided) | 4.00 / 3.00 / 2.00 / 2.05 |
 | diffusers: `UNet2DModel` | 6 | 8.5e-7 | 3.3e-6 | torch | 4.00 / 3.00 / 2.00 / - |
 | diffusers: `UNet2DModel` that predicts x | 6 | 1.2e-4 | 8.6e-5 | torch | 4.00 / 3.00 / 2.00 / - |
@@ -504,7 +504,7 @@ teacher and student.
 | Flax: nnx | 10 | 3.4e-7 | 1.2e-6 | jax (guided) | 4.00 / 3.00 / 2.00 / - |
 | EDM's preconditioning | 2 | 1.9e-6 | 2.4e-6 | jax, tensorflow, torch (guided) | 4.00 / 3.00 / 2.00 / 2.04 |
 | keras.io's DDIM example | 2 | 1.7e-5 | 7.2e-5 | jax, tensorflow, torch | 4.00 / 3.00 / 2.00 / - |
-| a Keras network | 9 | 6.4e-7 | 8.5e-7 | jax (guided) | 4.00 / 3.00 / 2.00 / 2.04 |
+| a Keras network | 9 | 7.4e-7 | 1.3e-6 | jax, tensorflow, torch (guided) | 4.00 / 3.00 / 2.00 / 2.04 |
 
 <!-- end of the table -->
 
