@@ -20,6 +20,8 @@ from keras import ops
 #: One more than the largest seed, because Keras takes seeds modulo this number
 #: on TensorFlow, where larger ones would draw what smaller ones do.
 SEED_END = 2**31 - 2
+#: Numbers up to here, and their inverses, are finite in float32.
+LARGEST = 1e30
 
 
 def describe(value: Any) -> str:
@@ -236,6 +238,25 @@ def check_numbers(name: str, value: Any, dtype: str) -> np.ndarray:
     if not (finite and exact and given.size):
         raise invalid(name, allowed, value)
     return array
+
+
+def check_float32(name: str, value: Any) -> float:
+    """Raises unless a float32 holds the number, and its inverse."""
+    allowed = f"a number in [-{LARGEST:g}, {LARGEST:g}]"
+    return float(check_number(name, value, -LARGEST, allowed, LARGEST))
+
+
+def per_channel(name: str, value: Any, channels: int) -> Any:
+    """Raises unless `value` is a number, or one per channel."""
+    if not isinstance(value, (list, tuple)) and not is_array(value):
+        return check_float32(name, value)
+    values = check_sequence(name, list(value), "a number per channel")
+    if len(values) != channels:
+        raise ValueError(
+            f"`{name}` must be a number, or one per channel, {channels}. "
+            f"Received: {len(values)}"
+        )
+    return tuple(check_float32(name, v) for v in values)
 
 
 def check_images(name: str, images: Any, image_shape: Sequence[int]) -> None:

@@ -16,8 +16,6 @@ from keras_mscm.functional.process import Tensor
 
 #: Between which an encoder's log-variance is taken, as in Stable Diffusion.
 LOG_VARIANCE = (-30.0, 20.0)
-#: Numbers up to here, and their inverses, are finite in float32.
-LARGEST = 1e30
 
 
 class Space:
@@ -156,7 +154,7 @@ class Box(Space):
     ):
         self.shape = _any_shape("shape", shape)
         low, high = (
-            None if value is None else _check_float32(name, value)
+            None if value is None else checks.check_float32(name, value)
             for name, value in (("low", low), ("high", high))
         )
         if low is not None and high is not None and not low < high:
@@ -242,10 +240,12 @@ class Latents(Space):
         image_shape: Sequence[int] | None = None,
     ):
         self.shape = _any_shape("shape", shape)
-        self.scale = per_channel("scale", scale, self.shape[-1])
-        self.shift = per_channel("shift", shift, self.shape[-1])
-        if np.min(self.scale) < 1 / LARGEST:
-            raise checks.invalid("scale", f"at least {1 / LARGEST:g}", scale)
+        self.scale = checks.per_channel("scale", scale, self.shape[-1])
+        self.shift = checks.per_channel("shift", shift, self.shape[-1])
+        if np.min(self.scale) < 1 / checks.LARGEST:
+            raise checks.invalid(
+                "scale", f"at least {1 / checks.LARGEST:g}", scale
+            )
         for name, layer in (("encoder", encoder), ("decoder", decoder)):
             if layer is not None and not isinstance(layer, keras.Layer):
                 raise checks.invalid(name, "a Keras layer, or None", layer)
@@ -360,25 +360,6 @@ def _any_shape(name: str, shape: Any) -> tuple[int, ...]:
     allowed = "a tuple of one size of at least 1 or more"
     sizes = checks.check_sequence(name, shape, allowed)
     return checks.check_shape(name, shape, ["size"] * len(sizes))
-
-
-def _check_float32(name: str, value: Any) -> float:
-    """Raises unless a float32 holds the number, and its inverse."""
-    allowed = f"a number in [-{LARGEST:g}, {LARGEST:g}]"
-    return float(checks.check_number(name, value, -LARGEST, allowed, LARGEST))
-
-
-def per_channel(name: str, value: Any, channels: int) -> Any:
-    """Raises unless `value` is a number, or one per channel."""
-    if not isinstance(value, (list, tuple)) and not checks.is_array(value):
-        return _check_float32(name, value)
-    values = checks.check_sequence(name, list(value), "a number per channel")
-    if len(values) != channels:
-        raise ValueError(
-            f"`{name}` must be a number, or one per channel, {channels}. "
-            f"Received: {len(values)}"
-        )
-    return tuple(_check_float32(name, v) for v in values)
 
 
 def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:

@@ -128,8 +128,8 @@ class NormalizedPixels(spaces.Pixels):
         variance_of_pixels: Sequence[float],
     ):
         super().__init__(shape)
-        self.mean = spaces.per_channel("mean", mean, self.shape[-1])
-        self.variance_of_pixels = spaces.per_channel(
+        self.mean = checks.per_channel("mean", mean, self.shape[-1])
+        self.variance_of_pixels = checks.per_channel(
             "variance_of_pixels", variance_of_pixels, self.shape[-1]
         )
         if np.min(self.variance_of_pixels) <= 0:

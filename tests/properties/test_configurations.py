@@ -126,7 +126,7 @@ def test_what_is_registered_comes_back(name, made):
             assert back is thing
             continue
         assert type(back) is kind
-        # Keras' layers, such as an encoder, are equal to nothing but themselves.
+        # Keras' layers are equal to nothing but themselves.
         if not isinstance(thing, OF_LAYERS):
             assert back == thing
             assert hash(back) == hash(thing)
