@@ -6,11 +6,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mscm import backend, checks
+from keras_mscm import backend, checks, samplers
 from keras_mscm import functional as F
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
 from keras_mscm.schedules import NoiseSchedule
+from keras_mscm.spaces import Pixels
+from keras_mscm.variance import AnalyticVariance
 
 
 class Generator:
@@ -22,6 +24,7 @@ class Generator:
     Args:
         model: Model that predicts: a `DenoisingModel`.
         sampler: Function of `(denoise, noise, schedule, num_steps, seed)`.
+            `ADDIM()` takes the analytic variance of the model's space.
         schedule: Time to log-SNR; the model's by default.
         guided: Whether there is classifier-free guidance, whose scale is then
             one more argument of a call.
@@ -57,7 +60,12 @@ class Generator:
             raise checks.invalid("model", "a `DenoisingModel`", model)
         self.model = model
         allowed = "one of `keras_mscm.samplers`, or a function like them"
-        self.sampler = checks.check_function("sampler", sampler, allowed)
+        sampler = checks.check_function("sampler", sampler, allowed)
+        variance = model.space.variance
+        if sampler == samplers.ADDIM() and variance != Pixels.variance:
+            # Its analytic variance is that of pixels.
+            sampler = samplers.ADDIM(x_var=AnalyticVariance(variance))
+        self.sampler = sampler
         self.schedule = model.schedule
         if schedule is not None:
             if not isinstance(schedule, NoiseSchedule):

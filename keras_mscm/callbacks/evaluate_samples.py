@@ -167,7 +167,7 @@ class EvaluateSamples(SamplingCallback):
         space, raw = self.model.space, self.generate_with.get("decode") is False
         drawn = space.shape if raw else space.image_shape
         for metric in self.metrics:
-            reference = getattr(metric, "reference", None)
+            reference: Any = getattr(metric, "reference", None)
             if getattr(reference, "image_shape", drawn) not in (drawn, None):
                 raise checks.invalid(
                     "metrics", f"of images {drawn}", reference.image_shape

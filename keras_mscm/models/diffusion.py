@@ -21,8 +21,7 @@ from keras_mscm.conditioning import Conditioning, as_dictionary
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import fitting
 from keras_mscm.models.base import DenoisingModel, Example
-from keras_mscm.spaces import Pixels
-from keras_mscm.variance import AnalyticVariance, MeasuredVariance
+from keras_mscm.variance import MeasuredVariance
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -79,9 +78,6 @@ class DiffusionModel(DenoisingModel):
         if guidance_scale is not None:
             self.check_guidable("guidance_scale", guidance_scale)
         sampler = samplers.ADDIM() if sampler is None else sampler
-        own = self.space.variance
-        if sampler == samplers.ADDIM() and own != Pixels.variance:
-            sampler = samplers.ADDIM(x_var=AnalyticVariance(own))
         schedule = self.schedule if schedule is None else schedule
         return num_steps or 256, sampler, schedule
 
