@@ -133,7 +133,14 @@ def overview():
         f"8 student steps are one step.\n\n{table}"
         + "\nMade before feature maps were laid out as convolutions want them, "
         f"from which they would gain: {older}.\n" * bool(OLDER)
+        + f"\n{OF_OTHERS}\n"
     )
+
+
+OF_OTHERS = (
+    "Of another library's network: [Stable Diffusion 3 medium with LoRA]("
+    "stable_diffusion_3_medium.md), on one device of 80 GB."
+)
 
 
 def main():

@@ -124,8 +124,9 @@ class MeasuredVariance(_Variance):
     to a student as `x_var=`, whose file then holds it.
 
     Args:
-        table: Of each level the variance times `1 + SNR`, which varies little
-            where the variance goes to 0; 64 finite numbers of at least 0.
+        table: The variance at each level, multiplied by `1 + SNR` because the
+            product varies little where the variance goes to 0; 64 finite
+            numbers of at least 0.
 
     Call arguments:
         logsnr: Log-SNR, of any shape.

@@ -124,9 +124,10 @@ def clone_network(
 ) -> keras.Layer:
     """A second network of the same configuration.
 
-    What is trainable in `network` is in the clone; all of it, if `network` as
-    a whole is frozen. A network that Keras can't make from its configuration
-    may have a method `clone()`.
+    A layer that is trainable in `network` is trainable in the clone. If
+    `network` is frozen as a whole, all of the clone is trainable, because a
+    student begins with a frozen teacher's network. A network that Keras can't
+    make from its configuration may have a method `clone()`.
 
     Args:
         network: The first.
