@@ -132,7 +132,8 @@ def overview():
         "measurement, beside the rate that the paper measured; for `generate` "
         f"8 student steps are one step.\n\n{table}"
         + "\nMade before feature maps were laid out as convolutions want them, "
-        f"from which they would gain: {older}.\n" * bool(OLDER)
+        f"from which they would gain: {older}.\n"
+        * bool(OLDER)
         + f"\n{OF_OTHERS}\n"
     )
 
