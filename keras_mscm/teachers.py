@@ -109,3 +109,12 @@ class Teacher(keras.layers.Layer):
     def __dir__(self) -> list[str]:
         hidden = () if self.saved else ("network",)
         return [name for name in super().__dir__() if name not in hidden]
+
+
+class FrozenNetwork(Teacher):
+    """A teacher that is a part of its model, and of the model's file.
+
+    Keras writes it by the name of its class, which is the one of version 0.1.
+    """
+
+    saved = True

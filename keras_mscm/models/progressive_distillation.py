@@ -14,7 +14,7 @@ from keras_mscm.models import distillation
 from keras_mscm.models.base import DenoisingModel, Example
 from keras_mscm.models.distillation import DEFAULT_ETA
 from keras_mscm.models.moving_average import AveragedWeights, clone_network
-from keras_mscm.teachers import Teacher
+from keras_mscm.teachers import FrozenNetwork
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -124,8 +124,7 @@ class ProgressiveDistillationModel(DenoisingModel):
         self.integrator, self.eta, self.x_var = of_step
         self.teacher_steps, self.stages = teacher_steps, int(stages)
         self.iterations_per_stage = iterations_per_stage
-        self.teacher = Teacher(name="teacher")
-        self.teacher.saved = True
+        self.teacher = FrozenNetwork(name="teacher")
         self.teacher.hold(
             clone_network(network, "teacher_network", self.symbolic_inputs()),
             self.prediction_type,

@@ -1,5 +1,6 @@
 import itertools
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -226,3 +227,14 @@ def test_it_learns_its_teachers_steps(make_teacher):
     model.fit(images, batch_size=256, epochs=15, verbose=0)
     got = model.generate(noise=noise, num_steps=2, batch_size=256)
     assert np.mean((got - goal) ** 2) < 0.5 * before
+
+
+def test_its_file_has_the_teacher_where_version_0_1_has_it(
+    make_teacher, tmp_path
+):
+    model = ProgressiveDistillationModel.from_teacher(
+        make_teacher(), student_steps=2, teacher_steps=8
+    )
+    model.save_weights(tmp_path / "model.weights.h5")
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        assert "layers/frozen_network/network" in file
