@@ -122,7 +122,7 @@ FUNCTIONS = {
 SLOTS = {
     ("config", "teacher_steps"): True,
     ("config", "weighting"): False,
-    ("config", "x_var"): False,
+    ("config", "x_var"): True,
     ("config", "integrator"): False,
     ("config", "integrator", "config", "x_var"): False,
     ("config", "schedule"): False,
@@ -136,7 +136,7 @@ SLOTS = {
 }
 LAYER = ("config", "network", "config", "layers", "dense", "config")
 SLOTS |= {
-    (*LAYER, "activation"): False,
+    (*LAYER, "activation"): True,
     (*LAYER, "kernel_initializer"): True,
     (*LAYER, "bias_initializer"): True,
     (*LAYER, "kernel_regularizer"): False,

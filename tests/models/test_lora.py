@@ -161,7 +161,7 @@ def test_what_cannot_be(make_teacher, dense_network):
         DiffusionModel(
             dense_network(), image_shape=(4, 4, 1), lora_targets=["dense"]
         )
-    with pytest.raises(ValueError, match="LoRA"):
+    with pytest.raises(ValueError, match="`lora_rank` must be None"):
         ProgressiveDistillationModel.from_teacher(
             make_teacher(),
             student_steps=2,
