@@ -224,8 +224,9 @@ class Latents(Space):
     >>> half = keras.layers.AveragePooling2D(2)
     >>> double = keras.layers.UpSampling2D(2)
     >>> space = Latents((4, 4, 3), half, double, image_shape=(8, 8, 3))
-    >>> space.decode(space.encode(ops.ones((2, 8, 8, 3)))).shape[1:]
-    (8, 8, 3)
+    >>> images = space.decode(space.encode(ops.ones((2, 8, 8, 3))))
+    >>> tuple(images.shape)
+    (2, 8, 8, 3)
     """
 
     variance = 1.0

@@ -521,7 +521,7 @@ def test_file_names_only_known_classes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(network=3), "`module` must be a model of diffusers"),
+        (dict(network=3), "`network` must be a model of diffusers"),
         (dict(scheduler=3), "`scheduler` must be a scheduler"),
         (
             dict(scheduler=diffusers.ScoreSdeVeScheduler()),
@@ -536,7 +536,7 @@ def test_file_names_only_known_classes():
             r"`null_conditioning\['context'\]`",
         ),
         (dict(image_shape=(8, 8, 3)), "`image_shape` must have"),
-        (dict(vae=autoencoder), "`module` must be a model of diffusers"),
+        (dict(vae=autoencoder), "`vae` must be a model of diffusers"),
         (dict(num_steps=0), "`num_steps` must be"),
         (dict(shift=2.0), "`shift` must be None"),
     ],
