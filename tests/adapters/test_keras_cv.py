@@ -1,21 +1,19 @@
 import sys
 
 import keras
+import keras_cv
 import numpy as np
 import pytest
 from keras import layers, ops
+from keras_cv.src.models.stable_diffusion import (
+    decoder,
+    diffusion_model,
+)
 
 from keras_mscm import MultistepConsistencyModel
 from keras_mscm.adapters.keras_cv import from_keras_cv, stable_diffusion_grid
 from keras_mscm.adapters.prompts import encode_prompts
 from tests.adapters.tiny import check_student, difference, perturb, sampled
-
-keras_cv = pytest.importorskip("keras_cv")
-
-from keras_cv.src.models.stable_diffusion import (  # noqa: E402
-    decoder,
-    diffusion_model,
-)
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.standard_normal((2, 16, 16, 4)).astype("float32")

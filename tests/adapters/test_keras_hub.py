@@ -1,9 +1,11 @@
 import sys
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from keras import ops
+from keras_hub.src.models.vae.vae_backbone import VAEBackbone
 
 from keras_mscm import DiffusionModel, MultistepConsistencyModel, backend
 from keras_mscm.adapters.keras_hub import (
@@ -12,10 +14,6 @@ from keras_mscm.adapters.keras_hub import (
 )
 from keras_mscm.adapters.prompts import encode_prompts
 from tests.adapters.tiny import check_student, difference, perturb, sampled
-
-keras_hub = pytest.importorskip("keras_hub")
-
-from keras_hub.src.models.vae.vae_backbone import VAEBackbone  # noqa: E402
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.standard_normal((2, 8, 8, 16)).astype("float32")
