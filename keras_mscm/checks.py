@@ -259,6 +259,24 @@ def per_channel(name: str, value: Any, channels: int) -> Any:
     return tuple(check_float32(name, v) for v in values)
 
 
+def check_times(name: str, value: Any) -> np.ndarray:
+    """Raises unless `value` are the times between which steps lead.
+
+    Returns:
+        They, float32, `(number of steps + 1,)`.
+    """
+    allowed = "two times or more, falling from 1 to 0"
+    times = check_numbers(name, value, "float32")
+    if (
+        times.ndim != 1
+        or len(times) < 2
+        or (times[0], times[-1]) != (1, 0)
+        or np.any(np.diff(times) >= 0)
+    ):
+        raise invalid(name, allowed, value)
+    return times
+
+
 def check_images(name: str, images: Any, image_shape: Sequence[int]) -> None:
     """Raises unless `images` is a batch of float images in [-1, 1].
 

@@ -36,7 +36,8 @@ class Generator:
             samples, `(batch,)` integers, each of which has its own noise by
             the seed.
         conditioning: Dictionary of arrays, each of the length of the batch.
-        num_steps: Steps of the sampler, a scalar.
+        num_steps: Steps of the sampler, a scalar; or the times between which
+            they lead, `(number + 1,)`.
         seed: Seed and number of the first sample, `(2,)`.
         guidance_scale: Scalar, where it is guided.
 
@@ -75,6 +76,11 @@ class Generator:
         self.guided = checks.check_boolean("guided", guided)
         if self.guided:
             model.check_guidable("guided", guided)
+        if isinstance(sampler, samplers.FlowMap) and (
+            guided or not model.takes_logsnr_end
+        ):
+            allowed = "another for a network that isn't told where steps end"
+            raise checks.invalid("sampler", allowed, sampler)
         self.decode = checks.check_boolean("decode", decode)
 
     def __call__(
@@ -90,10 +96,10 @@ class Generator:
             noise = F.normal(seed[0], noise, 0, space.shape)
         noise, conditioning = backend.divided((noise, conditioning))
 
-        def denoise(z, logsnr):
+        def denoise(z, logsnr, logsnr_end=None):
             inputs = model.ema_network, z, logsnr, conditioning
             if not self.guided:
-                return model.denoise(*inputs)
+                return model.denoise(*inputs, logsnr_end=logsnr_end)
             return model.denoise_guided(*inputs, *guidance_scale)[0]
 
         x = self.sampler(denoise, noise, self.schedule, num_steps, seed)

@@ -81,6 +81,7 @@ def enable(
         for layer in network._flatten_layers()
         if isinstance(layer, KINDS)
         and (parts is None or any(part in layer.path for part in parts))
+        and not {id(w) for w in layer.weights} & {*map(id, _of_end(network))}
     ]
     if not layers:
         kind = "Dense or EinsumDense layer"
@@ -112,6 +113,7 @@ def _settle(network: keras.Layer) -> None:
     network.trainable = True  # as a layer, or nothing within were trained
     layers = adapted(network)
     own = {id(getattr(x, name)) for x in layers for name in ADAPTERS}
+    own |= {*map(id, _of_end(network))}
     for weight in network.weights:
         weight.trainable = id(weight) in own
     for layer in layers:
@@ -119,6 +121,15 @@ def _settle(network: keras.Layer) -> None:
         # them as 0, from which no training moves them.
         layer.save_own_variables = functools.partial(_save, layer)
         layer.load_own_variables = functools.partial(_load, layer)
+
+
+def _of_end(network: keras.Layer) -> list[keras.Variable]:
+    """The weights that tell a network where its prediction is to lead.
+
+    They are no part of what was trained before, so they are trained as whole.
+    """
+    embedding = getattr(network, "embed_end", None)
+    return [] if embedding is None else embedding.weights
 
 
 def adapted(network: keras.Layer) -> list[keras.Layer]:
@@ -286,6 +297,11 @@ def save_adapters(
             )
         scale = layer.lora_alpha / layer.lora_rank
         arrays[f"{number}.scale"] = np.float32(scale)
+    for number, weight in enumerate(_of_end(network)):
+        value = averages.get(id(weight), weight)
+        arrays[f"end.{number}"] = ops.convert_to_numpy(
+            ops.cast(value.value, "float32")
+        )
     write_atomically(path, lambda file: np.savez(file, **arrays), ".npz")
 
 
@@ -307,6 +323,8 @@ def load_adapters(path: str | os.PathLike, network: keras.Layer) -> None:
         for name in ADAPTERS
     }
     expected |= {f"{number}.scale": () for number in range(len(layers))}
+    of_end = {f"end.{i}": weight for i, weight in enumerate(_of_end(network))}
+    expected |= {name: tuple(w.shape) for name, w in of_end.items()}
     try:
         found = _shapes(path)
     except BAD_FILE as error:
@@ -332,6 +350,8 @@ def load_adapters(path: str | os.PathLike, network: keras.Layer) -> None:
                 f"`path` must hold finite numbers. Received: {path}, whose "
                 f"{name} isn't"
             )
+    for name, weight in of_end.items():
+        weight.assign(arrays[name])
     for number, layer in enumerate(layers):
         a, b = (arrays[f"{number}.{name}"] for name in ADAPTERS)
         ours = layer.lora_alpha / layer.lora_rank

@@ -95,7 +95,7 @@ class TeacherStepAnneal(keras.callbacks.Callback):
                 "MultistepConsistencyModel. Received: "
                 f"{type(self.model).__name__}"
             )
-        least = self.model.student_steps
+        least = self.model.largest_steps
         for name in ("start", "end"):
             value = getattr(self, name)
             if value is not None:
@@ -123,7 +123,7 @@ class TeacherStepAnneal(keras.callbacks.Callback):
             annealing, told = self._choose(model, epoch, run)
         model.anneal_teacher_steps(*annealing)
         if self.iterations is not None and run is not None:
-            self._warn_of_a_short_run(annealing, run, model.student_steps)
+            self._warn_of_a_short_run(annealing, run, model.largest_steps)
         if told and self.params.get("verbose"):
             start, end, iterations = annealing
             print(
@@ -153,7 +153,7 @@ class TeacherStepAnneal(keras.callbacks.Callback):
         self, model: Any, epoch: int, run: int | None
     ) -> tuple[Annealing, str]:
         """What suits the run where nothing was given, and why, in words."""
-        student_steps = model.student_steps
+        student_steps = model.largest_steps
         if (self.start, self.end, self.iterations) == (None, None, None):
             saved = _chosen_before(model)
             if saved is not None:
@@ -215,6 +215,6 @@ def _chosen_before(model: Any) -> Annealing | None:
     """
     found = ops.convert_to_numpy(model.annealing)
     iterations = int(found[2])
-    suggested = F.suggested_annealing(2 * iterations, model.student_steps)
+    suggested = F.suggested_annealing(2 * iterations, model.largest_steps)
     same = np.array_equal(found, np.asarray(suggested, "float32"))
     return suggested if same and backend.integer(model.iteration) else None

@@ -7,7 +7,10 @@ from keras_mscm.functional.process import Tensor, expand
 
 
 def segment_times(
-    step: Tensor, n_rel: Tensor, student_steps: int, steps_per_segment: Tensor
+    step: Tensor,
+    n_rel: Tensor,
+    student_steps: int | Tensor,
+    steps_per_segment: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The times `t`, `s` and `t_step` of algorithm 1.
 
@@ -17,8 +20,9 @@ def segment_times(
     Args:
         step: Segment, 0..student_steps - 1, `(batch,)`.
         n_rel: Teacher step within it, 1..steps_per_segment, `(batch,)`.
-        student_steps: Number of segments, at least 1; or a tensor of it.
-        steps_per_segment: Teacher steps in each, at least 1, a scalar.
+        student_steps: Number of segments, at least 1; or a tensor of it, a
+            scalar or `(batch,)`.
+        steps_per_segment: Teacher steps in each, at least 1, likewise.
 
     Returns:
         `t`, `s` and `t_step` in [0, 1], each `(batch,)`: a student step ends

@@ -76,8 +76,8 @@ class DenoisingModel(keras.Model):
         **kwargs: As for any Keras model.
 
     Call arguments:
-        inputs: `{"z", "logsnr"}` and the conditioning, as the network takes
-            them.
+        inputs: `{"z", "logsnr"}`, the conditioning, and `"logsnr_end"` or not,
+            as the network takes them.
         training: Whether to run the trained network with its dropout, or the
             moving average without.
 
@@ -92,6 +92,8 @@ class DenoisingModel(keras.Model):
     default_weighting: ClassVar[Callable[[Tensor], Tensor]]
     #: Whether `fit` needs a teacher to be attached.
     needs_teacher: bool = False
+    #: Whether `generate` takes uneven `times`.
+    takes_times: bool = True
 
     def __init__(
         self,
@@ -178,11 +180,17 @@ class DenoisingModel(keras.Model):
         """What the network takes besides `z` and their log-SNR."""
         return [*self.conditioning]
 
+    @property
+    def takes_logsnr_end(self) -> bool:
+        """Whether its network may be told where its prediction is to lead."""
+        return bool(getattr(self.network, "takes_logsnr_end", False))
+
     def symbolic_inputs(self) -> dict[str, keras.KerasTensor]:
         """The network's inputs without values, for a batch of any size."""
+        times = ["logsnr", "logsnr_end"][: 1 + self.takes_logsnr_end]
         return {
             "z": keras.KerasTensor((None, *self.space.shape), "float32"),
-            "logsnr": keras.KerasTensor((None,), "float32"),
+            **{k: keras.KerasTensor((None,), "float32") for k in times},
             **{k: c.symbolic() for k, c in self.conditioning.items()},
         }
 
@@ -232,6 +240,7 @@ class DenoisingModel(keras.Model):
         logsnr: Tensor,
         conditioning: Conditioning | None = None,
         training: bool = False,
+        logsnr_end: Tensor | None = None,
     ) -> Tensor:
         """Predicts `x` from noisy images, in float32.
 
@@ -242,11 +251,15 @@ class DenoisingModel(keras.Model):
             conditioning: What the network takes besides, each of the length
                 of the batch.
             training: Whether dropout is on.
+            logsnr_end: Log-SNR to which the prediction is to lead, `(batch,)`,
+                for a network that takes it.
 
         Returns:
             Predicted images, of the shape of `z`.
         """
         inputs = {"z": z, "logsnr": logsnr, **(conditioning or {})}
+        if logsnr_end is not None:
+            inputs["logsnr_end"] = logsnr_end
         output = ops.cast(network(inputs, training=training), "float32")
         return process.predict_x(output, z, logsnr, self.prediction_type)
 
@@ -279,6 +292,10 @@ class DenoisingModel(keras.Model):
         self, inputs: dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
         names = sorted(["logsnr", "z", *self.conditioning])
+        end = None
+        if isinstance(inputs, dict) and self.takes_logsnr_end:
+            inputs = dict(inputs)
+            end = inputs.pop("logsnr_end", None)
         if not isinstance(inputs, dict) or sorted(inputs) != names:
             came = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
             raise ValueError(
@@ -286,9 +303,8 @@ class DenoisingModel(keras.Model):
             )
         given = {name: inputs[name] for name in self.conditioning}
         network = self.network if training else self.ema_network
-        return self.denoise(
-            network, inputs["z"], inputs["logsnr"], given, bool(training)
-        )
+        z, logsnr = inputs["z"], inputs["logsnr"]
+        return self.denoise(network, z, logsnr, given, bool(training), end)
 
     # Training: one step for every algorithm.
 

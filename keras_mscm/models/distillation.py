@@ -12,9 +12,11 @@ from keras import ops
 from keras_mscm import checks, lora, samplers
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
+from keras_mscm.models import student_steps
 from keras_mscm.models.arguments import declares
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.moving_average import clone_network
+from keras_mscm.models.student_steps import StudentSteps
 from keras_mscm.teachers import Teacher
 from keras_mscm.variance import ErrorShare
 
@@ -287,7 +289,7 @@ def of_version_0_1(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_steps(
-    trained: int,
+    trained: StudentSteps,
     num_steps: Any,
     sampler: Any,
     schedule: Any,
@@ -297,7 +299,7 @@ def own_steps(
     """How a student is sampled: in the steps that it was trained for.
 
     Args:
-        trained: The number of these.
+        trained: The number of these, or several, or `"any"`.
         num_steps, sampler, schedule, guidance_scale: As they were asked for.
         own_schedule: The student's.
 
@@ -315,12 +317,19 @@ def own_steps(
                 "it was trained for, of the guidance that its teacher had. "
                 f"Received: {name}={checks.describe(value)}"
             )
-    if num_steps not in (None, trained):
+    if trained == student_steps.ANY:
+        num_steps = num_steps or student_steps.DEFAULT_OF_ANY
+        return num_steps, samplers.FlowMap(), own_schedule
+    several = isinstance(trained, tuple)
+    numbers = trained if isinstance(trained, tuple) else (trained,)
+    if num_steps not in (None, *numbers):
         raise ValueError(
-            "`num_steps` must be the number that the student was trained "
-            f"for, student_steps={trained}. Received: num_steps={num_steps}"
+            f"`num_steps` must be {'a' if several else 'the'} number that the "
+            f"student was trained for, student_steps={trained}. Received: "
+            f"num_steps={num_steps}"
         )
-    return trained, samplers.DDIM(), own_schedule
+    sampler = samplers.FlowMap() if several else samplers.DDIM()
+    return num_steps or max(numbers), sampler, own_schedule
 
 
 def _check_variance(x_var: Any) -> None:

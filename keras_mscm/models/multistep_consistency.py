@@ -1,6 +1,6 @@
 """Multistep consistency models (the paper's algorithms 1 and 2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import keras
@@ -12,9 +12,11 @@ from keras_mscm import functional as F
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import distillation
+from keras_mscm.models import student_steps as student_steps_of
 from keras_mscm.models.base import DenoisingModel, Example
 from keras_mscm.models.distillation import DEFAULT_ETA
 from keras_mscm.models.saving import random_states
+from keras_mscm.models.student_steps import StudentSteps
 
 METHODS = ("distillation", "training")
 REFERENCES = ("online", "ema")
@@ -37,6 +39,10 @@ class MultistepConsistencyModel(DenoisingModel):
     `z_t` to the segment's end on the teacher's path: the number of steps
     interpolates between a consistency model (1) and diffusion (many).
 
+    One student can serve several numbers of steps: its network is then told the
+    end of the segment besides, and the number of steps is a dial that is turned
+    at sampling time.
+
     The teacher's path takes `teacher_steps` steps over the whole of time; with
     the callback `TeacherStepAnneal` that number grows during training.
 
@@ -44,13 +50,18 @@ class MultistepConsistencyModel(DenoisingModel):
         network: Network, as in `DenoisingModel`. Usually made by
             `from_teacher`.
         schedule: Noise schedule, as in `DenoisingModel`.
-        student_steps: Evaluations that `generate` takes (K), at least 1.
+        student_steps: Evaluations that `generate` takes (K), at least 1. Or
+            several such numbers, `(1, 2, 4, 8, 16)`: each example is trained on
+            for one of them. Or `"any"`: segments end anywhere on the teacher's
+            grid, and `generate` takes any number of steps, and any `times`.
+        step_weights: With several `student_steps`, how often each is drawn,
+            relative to the others; equally by default.
         method: `"distillation"` (CD) takes the teacher's steps with a
             diffusion model's predictions, `"training"` (CT) with the images
             themselves, so without a teacher.
         teacher_steps: Teacher steps when no callback anneals them: a number,
-            at least `student_steps` (appendix A.1: 256 on text to image), or a
-            function of the iteration, such as a Keras learning rate schedule,
+            at least the largest of `student_steps` (appendix A.1: 256 on text to
+            image), or a function of the iteration, such as a Keras learning rate schedule,
             that is traced into the step (so `keras.ops` only).
         reference: Which network's prediction at s the target is made of: the
             `"online"` one that is trained (the paper), under the dropout of
@@ -94,6 +105,14 @@ class MultistepConsistencyModel(DenoisingModel):
     >>> student.generate(4, num_steps=8).shape
     (4, 8, 8, 1)
 
+    One student of several numbers of steps:
+
+    >>> student = MultistepConsistencyModel.from_teacher(
+    ...     teacher, student_steps=(1, 2, 4, 8)
+    ... )
+    >>> student.generate(4, num_steps=2).shape
+    (4, 8, 8, 1)
+
     Reference:
         Multistep Consistency Models, algorithms 1 and 2.
     """
@@ -108,7 +127,8 @@ class MultistepConsistencyModel(DenoisingModel):
         network: keras.Layer,
         schedule: Any = None,
         *,
-        student_steps: int,
+        student_steps: StudentSteps,
+        step_weights: Sequence[float] | None = None,
         method: str = "distillation",
         teacher_steps: float | Callable[[Tensor], Tensor] = 256,
         reference: str = "online",
@@ -119,9 +139,8 @@ class MultistepConsistencyModel(DenoisingModel):
         teacher: Any = None,
         **kwargs: Any,
     ):
-        student_steps = checks.check_positive_integer(
-            "student_steps", student_steps, 2**20
-        )
+        steps = student_steps_of.check(student_steps)
+        step_weights = student_steps_of.check_weights(step_weights, steps)
         checks.check_choice("method", method, METHODS)
         checks.check_choice("reference", reference, REFERENCES)
         if method == "training":
@@ -139,8 +158,11 @@ class MultistepConsistencyModel(DenoisingModel):
             )
         of_step = distillation.check_teacher_step(integrator, eta, x_var)
         scale = distillation.check_guidance_scale(guidance_scale)
+        if not isinstance(steps, int):
+            student_steps_of.take_end(network)
         super().__init__(network, schedule, **kwargs)
-        self.student_steps, self.method = student_steps, method
+        self.student_steps, self.step_weights = steps, step_weights
+        self.method = method
         self.reference, self.guidance_scale = reference, scale
         self.integrator, self.eta, self.x_var = of_step
         self.needs_teacher = method == "distillation"
@@ -169,8 +191,9 @@ class MultistepConsistencyModel(DenoisingModel):
         """Sets N_teacher(i), log-linear from `start` to `end` (A.1).
 
         Args:
-            start: Teacher steps at iteration 0, at least `student_steps`.
-            end: Teacher steps from `iterations` on, at least `student_steps`.
+            start: Teacher steps at iteration 0, at least the largest of
+                `student_steps`.
+            end: Teacher steps from `iterations` on, at least that too.
             iterations: Iterations in between, at least 1.
 
         Raises:
@@ -191,21 +214,66 @@ class MultistepConsistencyModel(DenoisingModel):
         checks.check_number(
             name,
             value,
-            self.student_steps,
-            f"at least student_steps={self.student_steps}, one teacher step "
+            self.largest_steps,
+            f"at least student_steps={self.largest_steps}, one teacher step "
             "per student step, and at most 2**24",
             high=2**24,
         )
 
-    def steps_per_segment(self) -> Tensor:
-        """`round(N_teacher(i) / student_steps)` at the present iteration."""
+    @property
+    def largest_steps(self) -> int:
+        """The largest of its `student_steps`; with `"any"`, 1."""
+        return student_steps_of.largest(self.student_steps)
+
+    @property
+    def takes_times(self) -> bool:
+        return self.student_steps == student_steps_of.ANY
+
+    def steps_per_segment(self, student_steps: Any = None) -> Tensor:
+        """`round(N_teacher(i) / student_steps)` at the present iteration.
+
+        Args:
+            student_steps: K, a number or a tensor, such as `(batch,)`; by
+                default the model's largest.
+        """
         i = self.iteration.value
         if callable(self.teacher_steps):
             steps = ops.cast(self.teacher_steps(i), "float32")
         else:
             start, end, iterations = ops.unstack(self.annealing.value)
             steps = F.teacher_steps(i, start, end, iterations)
-        return ops.maximum(ops.round(steps / self.student_steps), 1.0)
+        k = self.largest_steps if student_steps is None else student_steps
+        return ops.maximum(ops.round(steps / k), 1.0)
+
+    def draw_times(self, batch: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """A teacher step t -> s in a segment, and where that ends, t_step.
+
+        Args:
+            batch: The shape `(batch,)`.
+        """
+        k = self.student_steps
+        if k == student_steps_of.ANY:
+            return self._draw_any_times(batch)
+        if isinstance(k, tuple):
+            uniform = self.draw_uniform(batch)
+            k = student_steps_of.draw(k, self.step_weights, uniform)
+        per_segment = self.steps_per_segment(k)
+        step = ops.floor(self.draw_uniform(batch) * k)
+        n_rel = 1 + ops.floor(self.draw_uniform(batch) * per_segment)
+        return F.segment_times(step, n_rel, k, per_segment)
+
+    def _draw_any_times(self, batch: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, with segments that end anywhere on the teacher's grid.
+
+        Their lengths are drawn log-uniform, so that each doubling of the number
+        of steps has an equal share; what would begin before 0 ends there.
+        """
+        total = self.steps_per_segment(1)
+        n = 1 + ops.floor(self.draw_uniform(batch) * total)
+        length = ops.exp(self.draw_uniform(batch) * ops.log(total))
+        n_rel = 1 + ops.floor(self.draw_uniform(batch) * length)
+        n_rel = ops.minimum(n_rel, n)
+        return F.segment_times(n - n_rel, n_rel, total, ops.ones(()))
 
     def sampled_with(self, num_steps, sampler, schedule, guidance_scale):
         asked = num_steps, sampler, schedule, guidance_scale
@@ -221,11 +289,11 @@ class MultistepConsistencyModel(DenoisingModel):
         epsilon = self.draw_normal(ops.shape(x))
 
         # A teacher step t -> s in one of the segments, which ends at t_step.
-        per_segment = self.steps_per_segment()
-        step = ops.floor(self.draw_uniform(batch) * self.student_steps)
-        n_rel = 1 + ops.floor(self.draw_uniform(batch) * per_segment)
-        times = F.segment_times(step, n_rel, self.student_steps, per_segment)
+        times = self.draw_times(batch)
         logsnr_t, logsnr_s, logsnr_step = map(self.schedule, times)
+        end = {}
+        if not isinstance(self.student_steps, int):
+            end["logsnr_end"] = logsnr_step
 
         # The teacher's step, as the x with which DDIM takes it.
         z_t = F.add_noise(x, epsilon, logsnr_t)
@@ -240,20 +308,24 @@ class MultistepConsistencyModel(DenoisingModel):
         online = training and self.reference == "online"
         network = self.network if online else self.ema_network
         with backend.rewound(random_states(network)):
-            x_ref = self.denoise(network, z_s, logsnr_s, conditioning, online)
+            x_ref = self.denoise(
+                network, z_s, logsnr_s, conditioning, online, **end
+            )
 
         target = F.consistency_target(
             x_teacher, x_ref, logsnr_t, logsnr_s, logsnr_step
         )
-        inputs = {"z": z_t, "logsnr": logsnr_t, **conditioning}
+        inputs = {"z": z_t, "logsnr": logsnr_t, **end, **conditioning}
         return inputs, target, self.weighting(logsnr_t)
 
     def get_config(self) -> dict[str, Any]:
         teacher_steps = self.teacher_steps
         if callable(teacher_steps):
             teacher_steps = keras.saving.serialize_keras_object(teacher_steps)
+        weights = self.step_weights
         return {
             **super().get_config(),
+            **({} if weights is None else {"step_weights": weights}),
             "student_steps": self.student_steps,
             "method": self.method,
             "teacher_steps": teacher_steps,

@@ -66,6 +66,7 @@ class ProgressiveDistillationModel(DenoisingModel):
 
     default_weighting = staticmethod(weightings.snr_plus_one)
     guidance_scale = 1.0
+    takes_times = False
     from_teacher = classmethod(distillation.from_teacher)
     _first_step = distillation.teacher_step
 

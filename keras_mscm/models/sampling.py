@@ -10,6 +10,7 @@ from keras import ops
 from keras_mscm import backend, checks
 from keras_mscm.conditioning import completed
 from keras_mscm.generator import Generator
+from keras_mscm.samplers import Sampler
 from keras_mscm.schedules import NoiseSchedule
 
 # Arguments of `generate` that are short forms of entries of `conditioning`.
@@ -23,7 +24,7 @@ class Request:
     Attributes:
         sampler: Function of `(denoise, noise, schedule, num_steps, seed)`.
         schedule: Time to log-SNR.
-        num_steps: Steps of the sampler.
+        num_steps: Steps of the sampler; or the times between which they lead.
         guidance_scale: Scale of the guidance, or None.
         num_images: How many images.
         conditioning: What the network takes besides, each of that length.
@@ -35,7 +36,7 @@ class Request:
 
     sampler: Any
     schedule: NoiseSchedule
-    num_steps: int
+    num_steps: int | np.ndarray
     guidance_scale: float | None
     num_images: int
     conditioning: dict[str, np.ndarray]
@@ -50,6 +51,7 @@ def generate(
     num_images: int | None = None,
     *,
     num_steps: int | None = None,
+    times: Any = None,
     sampler: Any = None,
     schedule: NoiseSchedule | None = None,
     guidance_scale: float | None = None,
@@ -67,8 +69,12 @@ def generate(
     Args:
         num_images: How many; one of each class by default.
         num_steps: Steps of the sampler. Of a student, the evaluations that it
-            was trained for, which is the default; of a diffusion model, 256 by
-            default (`Heun` evaluates the network twice in each).
+            was trained for, by default the most of these; of a student of any
+            number 8 by default; of a diffusion model 256 (`Heun` evaluates the
+            network twice in each).
+        times: Of a diffusion model or a student of any number of steps: the
+            times between which the steps lead, falling from 1 to 0, for steps
+            of uneven lengths.
         sampler: Of a diffusion model: one of `keras_mscm.samplers`, `ADDIM()`
             by default, or any function of `(denoise, noise, schedule,
             num_steps, seed)`. A student takes its own steps.
@@ -110,6 +116,7 @@ def generate(
             model,
             num_images=num_images,
             num_steps=num_steps,
+            times=times,
             sampler=sampler,
             schedule=schedule,
             guidance_scale=guidance_scale,
@@ -171,6 +178,7 @@ def request(model: Any, **arguments: Any) -> Request:
         asked["guidance_scale"] = checks.check_number(
             "guidance_scale", scale, 0, "a number of at least 0"
         )
+    times = _times(model, arguments["times"], asked)
     num_steps, sampler, schedule = model.sampled_with(**asked)
     given = _given(model, arguments)
     counts = {}
@@ -197,7 +205,7 @@ def request(model: Any, **arguments: Any) -> Request:
     return Request(
         sampler=sampler,
         schedule=schedule,
-        num_steps=num_steps,
+        num_steps=num_steps if times is None else times,
         guidance_scale=asked["guidance_scale"],
         num_images=count,
         conditioning=completed(model.conditioning, given, count),
@@ -206,6 +214,34 @@ def request(model: Any, **arguments: Any) -> Request:
         batch_size=checks.check_positive_integer("batch_size", batch_size),
         decode=checks.check_boolean("decode", arguments["decode"]),
     )
+
+
+def _times(model: Any, times: Any, asked: dict[str, Any]) -> Any:
+    """The times of uneven steps, whose number is put into `asked`."""
+    if times is None:
+        return None
+    if not model.takes_times:
+        raise ValueError(
+            "`times` must not be given: this student takes the steps that it "
+            "was trained for; student_steps='any' makes one for any times. "
+            f"Received: times={checks.describe(times)}"
+        )
+    times = checks.check_times("times", times)
+    if asked["num_steps"] not in (None, len(times) - 1):
+        raise ValueError(
+            "`num_steps` must be one less than there are `times`, or not be "
+            f"given. Received: num_steps={asked['num_steps']}, {len(times)} "
+            "times"
+        )
+    if asked["sampler"] is not None and not isinstance(
+        asked["sampler"], Sampler
+    ):
+        raise ValueError(
+            "`times` must not be given with a sampler that is a function of a "
+            f"number of steps. Received: sampler={asked['sampler']}"
+        )
+    asked["num_steps"] = len(times) - 1
+    return times
 
 
 def _given(model: Any, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -261,7 +297,8 @@ def draw(model: Any, request: Request) -> np.ndarray:
         )
         run = model._compiled_samplers[key] = generator.compiled()
 
-    steps = np.int32(request.num_steps)
+    steps = request.num_steps
+    steps = np.int32(steps) if isinstance(steps, int) else steps
     scales = [] if scale is None else [np.float32(scale)]
     samples: Any = None
     for begin in range(0, num, batch_size):

@@ -30,6 +30,8 @@ class NoiseLevelEmbedding(keras.layers.Layer):
 
     Args:
         width: Length of the embedding, even and at least 4.
+        begins_at_zero: Whether the embedding is zero until it is trained, so
+            that a network it is added to predicts as before.
         **kwargs: As for any Keras layer.
 
     Call arguments:
@@ -42,14 +44,21 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         ValueError: If `width` isn't as above.
     """
 
-    def __init__(self, width: int, **kwargs: Any):
+    def __init__(self, width: int, begins_at_zero: bool = False, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.width = width = check_even("width", width)
+        self.begins_at_zero = checks.check_boolean(
+            "begins_at_zero", begins_at_zero
+        )
         self.hidden = keras.layers.Dense(
             width, activation="swish", dtype=self.dtype_policy, name="hidden"
         )
+        kernel = "zeros" if begins_at_zero else "glorot_uniform"
         self.projection = keras.layers.Dense(
-            width, dtype=self.dtype_policy, name="projection"
+            width,
+            kernel_initializer=kernel,
+            dtype=self.dtype_policy,
+            name="projection",
         )
 
     def build(self, input_shape: tuple) -> None:
@@ -73,7 +82,10 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         return 4 * self.width**2
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "width": self.width}
+        config = {**super().get_config(), "width": self.width}
+        if self.begins_at_zero:
+            config["begins_at_zero"] = True
+        return config
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")

@@ -71,6 +71,8 @@ class UViT(keras.Model):
             (rematerialisation, Chen et al., 2016): less memory, for up to a
             third more time; or one value for all. Weights are the same either
             way.
+        end_embedding: Whether the network may be told, as `"logsnr_end"`, the
+            log-SNR to which its prediction is to lead (`take_logsnr_end`).
         **kwargs: As for any Keras model.
 
     Call arguments:
@@ -80,7 +82,8 @@ class UViT(keras.Model):
             context, `"context"`, `(batch, length, context_width)`, and
             `"context_mask"`, `(batch, length)`, True (or 1) at real tokens.
             The length may differ from call to call. A mask that is all False
-            says 'no context'.
+            says 'no context'. With an end embedding, optionally,
+            `"logsnr_end"`, `(batch,)`.
         training: Whether dropout is on.
 
     Call returns:
@@ -132,6 +135,7 @@ class UViT(keras.Model):
         dropout: float | Sequence[float] = 0.0,
         seed: int | None = None,
         remat: bool | Sequence[bool] = False,
+        end_embedding: bool = False,
         **kwargs: Any,
     ):
         # Each layer casts for itself, because the log-SNR must stay float32
@@ -218,7 +222,35 @@ class UViT(keras.Model):
         self.unpool = keras.layers.UpSampling2D(
             data_format="channels_last", dtype=self.dtype_policy, name="unpool"
         )
+        self.embed_end: NoiseLevelEmbedding | None = None
         self.build()
+        if checks.check_boolean("end_embedding", end_embedding):
+            self.take_logsnr_end()
+
+    def take_logsnr_end(self) -> None:
+        """Lets the network be told where its prediction is to lead.
+
+        You want it for one student of every number of steps. A second embedding
+        is added to that of the noise level; it begins at zero, so that the
+        network predicts as before until it is trained.
+        """
+        if self.embed_end is not None:
+            return
+        # A built layer is locked, as Keras' own `enable_lora` finds it too.
+        self._tracker.unlock()
+        self.embed_end = NoiseLevelEmbedding(
+            self.embedding_width,
+            begins_at_zero=True,
+            dtype=self.dtype_policy,
+            name="embed_end",
+        )
+        self._tracker.lock()
+        self.embed_end.build((None,))
+
+    @property
+    def takes_logsnr_end(self) -> bool:
+        """Whether it may be told where its prediction is to lead."""
+        return self.embed_end is not None
 
     def build(self, input_shape: Any = None) -> None:
         if self.built:
@@ -279,6 +311,8 @@ class UViT(keras.Model):
         if training:
             check_trainable(self.dtype_policy)
         embedding = self.embed_noise(inputs["logsnr"])
+        if self.embed_end and inputs.get("logsnr_end") is not None:
+            embedding = embedding + self.embed_end(inputs["logsnr_end"])
         if self.embed_label:
             embedding = embedding + self.embed_label(inputs["labels"])
         context: list[Tensor] = []
@@ -341,6 +375,8 @@ class UViT(keras.Model):
         pixels = math.prod(self.image_shape) * self.widths[0]
         flops = self.embed_noise.flops() + 4 * pixels  # entry and exit
         length = 0
+        if self.embed_end:
+            flops += self.embed_end.flops()
         if self.embed_context:
             flops += self.embed_context.flops()
             length = context_length + 1  # the null token
@@ -382,8 +418,11 @@ class UViT(keras.Model):
     save_to_preset = preset_files.save_to_preset
 
     def get_config(self) -> dict[str, Any]:
+        # What version 0.1 doesn't know is written where it is used.
+        end = {"end_embedding": True} if self.embed_end else {}
         return {
             **super().get_config(),
+            **end,
             "image_shape": self.image_shape,
             "widths": self.widths,
             "depths": self.depths,

@@ -206,7 +206,7 @@ def _generate(model: Any, noise: Any, conditioning: dict) -> Step:
         batch=(noise, conditioning),
         constants=(_tensor((), "int32"), _tensor((2,), "uint32")),
         updates=False,
-        passes=model.student_steps,
+        passes=model.largest_steps,
     )
 
 

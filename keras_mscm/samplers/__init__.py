@@ -3,7 +3,7 @@
 Each is called as `sampler(denoise, noise, schedule, num_steps, seed)`.
 `denoise(z, logsnr)` predicts `x` from images `(batch, ...)` at log-SNR
 `(batch,)`. `num_steps` may be a tensor: the loop is then compiled once for
-every number of steps. With `start` below 1 it begins with noisy images at that
+every number of steps. It may be the times of uneven steps, too. With `start` below 1 it begins with noisy images at that
 time instead of noise, as editing does.
 
 A sampler whose step depends on `z_t` alone, and not on chance, is an
@@ -17,6 +17,7 @@ from keras_mscm.samplers.base import Denoise, Integrator, Sampler, Variance
 from keras_mscm.samplers.ddim import DDIM
 from keras_mscm.samplers.ddpm import DDPM
 from keras_mscm.samplers.dpm_solver_multistep import DPMSolverMultistep
+from keras_mscm.samplers.flow_map import FlowMap
 from keras_mscm.samplers.heun import Heun
 from keras_mscm.samplers.noisy_ddim import NoisyDDIM
 from keras_mscm.samplers.singlestep import SinglestepSampler
@@ -28,6 +29,7 @@ __all__ = [
     "DDPM",
     "DPMSolverMultistep",
     "Denoise",
+    "FlowMap",
     "Heun",
     "Integrator",
     "NoisyDDIM",

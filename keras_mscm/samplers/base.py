@@ -35,8 +35,10 @@ class Sampler:
         denoise: Function of `(z, logsnr)` that predicts `x`.
         noise: Standard normal `z_1`, or noisy images at `start`, `(batch,
             ...)`.
-        schedule: Time to log-SNR; steps are of equal length in its time.
-        num_steps: Number of steps, at least 1.
+        schedule: Time to log-SNR; a number of steps are of equal length in its
+            time.
+        num_steps: Number of steps, at least 1. Or an array of the times between
+            which the steps lead, `(number + 1,)`, falling from 1.
         seed: Of a stochastic sampler's noise: an integer in 0..2**31 - 3, or
             a tensor of that and the number of the first image, `(2,)`. None
             draws one.
@@ -140,6 +142,9 @@ class Sampler:
         numbers = re.search("float|int", str(getattr(noise, "dtype", "")))
         if not checks.is_array(noise) or not numbers or 0 in noise.shape:
             raise checks.invalid("noise", "an array of numbers", noise)
+        times = None
+        if checks.is_array(num_steps) and len(num_steps.shape) == 1:
+            times, num_steps = _times(num_steps, start)
         num_steps = _scalar("num_steps", num_steps)
         if not hasattr(num_steps, "shape"):  # a number, not a tensor
             num_steps = checks.check_positive_integer(
@@ -164,12 +169,13 @@ class Sampler:
 
         def body(i, carried):
             z, state = carried
-            left = total - ops.cast(i, "float32")
+            if times is None:
+                left = total - ops.cast(i, "float32")
+                both = start * ((left - ends) / total)
+            else:
+                both = ops.take(times, ops.stack([i, i + 1]))
             logsnr_t, logsnr_s = (
-                batch * logsnr
-                for logsnr in ops.unstack(
-                    schedule(start * ((left - ends) / total))
-                )
+                batch * logsnr for logsnr in ops.unstack(schedule(both))
             )
             of_step = StepSeed(seed, i)
             return self.advance(z, state, logsnr_t, logsnr_s, denoise, of_step)
@@ -187,6 +193,20 @@ class Sampler:
         """The inverse of `get_config`."""
         deserialize = keras.saving.deserialize_keras_object
         return cls(**{k: deserialize(value) for k, value in config.items()})
+
+
+def _times(times: Any, start: Any) -> tuple[Tensor, int]:
+    """The times of steps, and their number."""
+    if not isinstance(start, (int, float)) or start != 1:
+        raise ValueError(
+            "`start` must be 1 where `num_steps` are times, which say it. "
+            f"Received: start={checks.describe(start)}"
+        )
+    if isinstance(times, np.ndarray):  # and not a tensor, which may be traced
+        times = checks.check_times("num_steps", times)
+    if times.shape[0] < 2:
+        raise checks.invalid("num_steps", "two times or more", times)
+    return ops.convert_to_tensor(times, "float32"), times.shape[0] - 1
 
 
 def _scalar(name: str, value: Any) -> Any:
