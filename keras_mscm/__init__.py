@@ -18,9 +18,11 @@ from keras_mscm import (
 from keras_mscm.conditioning import Condition
 from keras_mscm.generator import Generator
 from keras_mscm.models import (
+    ContinuousConsistencyModel,
     DenoisingModel,
     DiffusionModel,
     GuidanceDistillationModel,
+    MeanFlowModel,
     MultistepConsistencyModel,
     ProgressiveDistillationModel,
 )
@@ -30,10 +32,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Condition",
+    "ContinuousConsistencyModel",
     "DenoisingModel",
     "DiffusionModel",
     "Generator",
     "GuidanceDistillationModel",
+    "MeanFlowModel",
     "MultistepConsistencyModel",
     "ProgressiveDistillationModel",
     "UViT",

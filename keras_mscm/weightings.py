@@ -16,6 +16,7 @@ from keras_mscm.functional.process import Tensor
 
 __all__ = [
     "SigmoidWeighting",
+    "flow_velocity",
     "snr_plus_one",
     "sqrt_snr_plus_one",
     "truncated_snr",
@@ -42,6 +43,16 @@ def truncated_snr(logsnr: Tensor) -> Tensor:
     Of squared norms, as used for distillation by Salimans & Ho (2022).
     """
     return ops.maximum(ops.exp(logsnr), 1.0)
+
+
+@keras.saving.register_keras_serializable(package="keras_mscm")
+def flow_velocity(logsnr: Tensor) -> Tensor:
+    """`w_t = (sqrt(SNR(t)) + 1)^2`: rectified flow's loss, squared.
+
+    That is `1 / t^2` in its time t, because an error of `x` is t times one of
+    the velocity `epsilon - x`.
+    """
+    return (ops.exp(logsnr / 2) + 1.0) ** 2
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")

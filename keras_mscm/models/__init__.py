@@ -1,17 +1,23 @@
 """Training algorithms, each a `keras.Model`."""
 
 from keras_mscm.models.base import DenoisingModel
+from keras_mscm.models.continuous_consistency import (
+    ContinuousConsistencyModel,
+)
 from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.guidance_distillation import GuidanceDistillationModel
+from keras_mscm.models.mean_flow import MeanFlowModel
 from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
 from keras_mscm.models.progressive_distillation import (
     ProgressiveDistillationModel,
 )
 
 __all__ = [
+    "ContinuousConsistencyModel",
     "DenoisingModel",
     "DiffusionModel",
     "GuidanceDistillationModel",
+    "MeanFlowModel",
     "MultistepConsistencyModel",
     "ProgressiveDistillationModel",
 ]

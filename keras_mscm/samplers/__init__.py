@@ -20,6 +20,7 @@ from keras_mscm.samplers.dpm_solver_multistep import DPMSolverMultistep
 from keras_mscm.samplers.flow_map import FlowMap
 from keras_mscm.samplers.heun import Heun
 from keras_mscm.samplers.noisy_ddim import NoisyDDIM
+from keras_mscm.samplers.renoise import Renoise
 from keras_mscm.samplers.singlestep import SinglestepSampler
 from keras_mscm.samplers.step_seed import StepSeed
 
@@ -33,6 +34,7 @@ __all__ = [
     "Heun",
     "Integrator",
     "NoisyDDIM",
+    "Renoise",
     "Sampler",
     "SinglestepSampler",
     "StepSeed",
