@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import checks
+from keras_mscm.adapters.embeddings import layers_called
 from keras_mscm.functional import parameterizations as P
 from keras_mscm.preset_files import untrusted
 
@@ -36,6 +37,29 @@ def check_distinct(name: str, names: Sequence[Any]) -> None:
         {*names}
     ) < len(names):
         raise checks.invalid(name, "of distinct names, strings", names)
+
+
+def check_names(names: Any, ours: list[str]) -> dict[str, str] | list[str]:
+    """What a network calls its inputs, or our names in its order.
+
+    Args:
+        names: As for `AdaptedNetwork`.
+        ours: What there is.
+
+    Raises:
+        ValueError: If they don't fit.
+    """
+    if names is None:
+        names = {}
+    if isinstance(names, Mapping):
+        if not {*names} <= {*ours}:
+            raise checks.invalid("names", f"a dictionary of {ours}", names)
+        theirs = {name: names.get(name, name) for name in ours}
+        check_distinct("names", [*theirs.values()])
+        return theirs
+    if not isinstance(names, (list, tuple)) or sorted(names) != sorted(ours):
+        raise checks.invalid("names", f"a list of {ours}", names)
+    return list(names)
 
 
 def check_call(network: keras.Layer, inputs: Mapping[str, Any]) -> None:
@@ -70,12 +94,12 @@ def run_in_float32(network: keras.Layer, names: Any) -> tuple[str, ...]:
     allowed = "a list of names of the network's layers"
     if not isinstance(names, (list, tuple)):
         raise checks.invalid("float32_layers", allowed, names)
-    own = {layer.name: layer for layer in getattr(network, "layers", ())}
     for name in names:
-        if not isinstance(name, str) or name not in own:
+        if not isinstance(name, str) or not layers_called(network, name):
             raise checks.invalid("float32_layers", allowed, names)
-        for part in own[name]._flatten_layers():
-            part.dtype_policy = "float32"
+        for layer in layers_called(network, name):
+            for part in layer._flatten_layers():
+                part.dtype_policy = "float32"
     return tuple(names)
 
 

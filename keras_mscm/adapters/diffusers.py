@@ -9,6 +9,7 @@ import numpy as np
 from keras_mscm import checks, spaces
 from keras_mscm.adapters.diffusers_module import (
     CALLED,
+    EMBED_TIME,
     DiffusersModule,
     described,
 )
@@ -126,6 +127,7 @@ def from_diffusers(
         },
         conditioning=declared,
         constants=constants,
+        time_embedding=EMBED_TIME[layer.library_class],
         **process,
     )
     if schedule is None:

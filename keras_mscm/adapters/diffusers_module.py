@@ -1,7 +1,8 @@
 """Models of Hugging Face's diffusers as Keras layers, with channels last."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import keras
@@ -26,6 +27,14 @@ CALLED = {
         "context": "encoder_hidden_states",
         "pooled": "pooled_projections",
     },
+}
+
+# What each class embeds time with; of DiT each block does so for itself.
+EMBED_TIME = {
+    "UNet2DModel": "time_embedding",
+    "UNet2DConditionModel": "time_embedding",
+    "DiTTransformer2DModel": "norm1.emb",
+    "SD3Transformer2DModel": "time_text_embed",
 }
 
 
@@ -117,6 +126,22 @@ class DiffusersModule(TorchModule):
         output = self.module(**inputs, return_dict=False)[0]
         # A network that learned variances too says these after the means.
         return ops.transpose(output[:, : z.shape[1]], (0, 2, 3, 1))
+
+    @contextlib.contextmanager
+    def changed(
+        self, name: str, change: Callable[[Any], Any]
+    ) -> Iterator[None]:
+        """As of any module, outside of what is computed again."""
+        again = getattr(self.module, "is_gradient_checkpointing", False)
+        if again and self.library_class == "DiTTransformer2DModel":
+            raise ValueError(
+                "`network` must not compute its blocks again for the gradient "
+                "(`network.disable_gradient_checkpointing()`), because in them "
+                "DiT embeds time, to which a step's end is added. Received: "
+                "gradient checkpointing"
+            )
+        with super().changed(name, change):
+            yield
 
     def _give(self, new: Any) -> None:
         new.library_class = self.library_class

@@ -20,6 +20,7 @@ def from_edm(
     sigma_data: float = 0.5,
     names: Mapping[str, str] | Sequence[str] | None = None,
     conditioning: Mapping[str, Condition] | None = None,
+    time_embedding: str | None = None,
     **kwargs: Any,
 ) -> DiffusionModel:
     """A diffusion model around an EDM-preconditioned network.
@@ -34,6 +35,8 @@ def from_edm(
         names: As for `AdaptedNetwork`; by default a list of `z`, the time, and
             the conditioning in its order.
         conditioning: As for `AdaptedNetwork`.
+        time_embedding: For a student of several numbers of steps: the name of
+            the layer that embeds time, as for `AdaptedNetwork`.
         **kwargs: As for `DiffusionModel`; the schedule is by default
             `KarrasSchedule()`, and the space `Pixels` for 1 or 3 channels.
 
@@ -55,6 +58,7 @@ def from_edm(
         sigma_data=sigma_data,
         names=["z", "logsnr", *declared] if names is None else names,
         conditioning=declared,
+        time_embedding=time_embedding,
     )
     shape = adapted.image_shape
     pixels = len(shape) == 3 and shape[-1] in (1, 3)

@@ -22,6 +22,7 @@ ADAPTED = (
     "sigma_data",
     "time",
     "time_axes",
+    "time_embedding",
     "time_scale",
     "time_width",
 )
@@ -54,7 +55,8 @@ def from_flax_linen(
         arguments: Keyword arguments of `builder`.
         seed: Seed of dropout.
         **kwargs: As for `AdaptedNetwork` (`process`, `time`, `output`, `names`,
-            `conditioning`, ...); all others as for `DiffusionModel`.
+            `conditioning`, ...; `time_embedding` for a student of several
+            numbers of steps); all others as for `DiffusionModel`.
 
     Returns:
         The model.

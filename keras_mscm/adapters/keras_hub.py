@@ -185,6 +185,7 @@ def _stable_diffusion_3(
             ),
         },
         float32_layers=("timestep_embedding",),
+        time_embedding="timestep_embedding",
     )
 
 
@@ -244,5 +245,6 @@ def _flux(
             "text_ids": np.zeros((core.text_shape[0], 3), "float32"),
             "guidance": np.float32(guidance),
         },
-        float32_layers=(core.timestep_embedding.name,),
+        float32_layers=("timestep_embedding",),
+        time_embedding="time_input_embedder",
     )

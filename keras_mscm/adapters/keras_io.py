@@ -22,6 +22,7 @@ def from_keras_io_ddim(
     normalizer: keras.Layer | None = None,
     min_signal_rate: float = 0.02,
     max_signal_rate: float = 0.95,
+    time_embedding: str | None = None,
     **kwargs: Any,
 ) -> DiffusionModel:
     """A diffusion model around the network of keras.io's DDIM example.
@@ -42,6 +43,9 @@ def from_keras_io_ddim(
             both are of normalised images.
         min_signal_rate: As in the example.
         max_signal_rate: As in the example.
+        time_embedding: For a student of several numbers of steps: the name of
+            the layer that embeds time, as for `AdaptedNetwork`; by default the
+            one that takes the noise variances, as in the example.
         **kwargs: As for `DiffusionModel`.
 
     Returns:
@@ -66,6 +70,7 @@ def from_keras_io_ddim(
         output="epsilon",
         time_axes=3,
         names=["z", "logsnr"],
+        time_embedding=time_embedding or _embeds_time(network),
     )
     kwargs = {
         "prediction_type": adapted.prediction_type,
@@ -75,6 +80,24 @@ def from_keras_io_ddim(
         **kwargs,
     }
     return DiffusionModel(adapted, **kwargs)
+
+
+def _embeds_time(network: keras.Model) -> str | None:
+    """The name of the only layer that takes noise variances, if there is."""
+    inputs: Any = getattr(network, "inputs", None) or ()
+    if len(inputs) != 2:
+        return None
+    names = [
+        layer.name
+        for layer in network.layers
+        if any(given is inputs[1] for given in _inputs_of(layer))
+    ]
+    return names[0] if len(names) == 1 else None
+
+
+def _inputs_of(layer: keras.Layer) -> list:
+    """What a layer of a functional model takes, without values."""
+    return [x for node in layer._inbound_nodes for x in node.input_tensors]
 
 
 def offset_cosine(

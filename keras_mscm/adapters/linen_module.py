@@ -1,13 +1,15 @@
 """A module of Flax's linen as a Keras layer."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_mscm import checks
+from keras_mscm.adapters.embeddings import is_called
 from keras_mscm.adapters.flax_module import FlaxModule, Path, mode_argument
 from keras_mscm.adapters.foreign import check_backend, with_builder
 
@@ -94,6 +96,23 @@ class LinenModule(FlaxModule):
             if path in flat:
                 self._assign(path, value)
         return output
+
+    @contextlib.contextmanager
+    def changed(
+        self, name: str, change: Callable[[Any], Any]
+    ) -> Iterator[None]:
+        """Changes what the submodules say whose path ends with a name."""
+        from flax import linen
+
+        def intercept(call, args, kwargs, context):
+            output = call(*args, **kwargs)
+            called = context.method_name == "__call__"
+            if called and is_called(context.module.path, name):
+                return change(output)
+            return output
+
+        with linen.intercept_methods(intercept):
+            yield
 
     def _anew(self, kwargs: dict[str, Any]) -> "LinenModule":
         from flax import traverse_util

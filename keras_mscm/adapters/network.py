@@ -8,26 +8,11 @@ import numpy as np
 from keras import ops
 
 from keras_mscm import checks, lora
-from keras_mscm.adapters import arguments
+from keras_mscm.adapters import arguments, coordinates, copies, embeddings
 from keras_mscm.conditioning import Condition, check_declared
 from keras_mscm.functional import parameterizations as P
 from keras_mscm.functional.process import Tensor
-
-PROCESSES = (
-    "variance_preserving",
-    "rectified_flow",
-    "variance_exploding",
-    "edm",
-)
-TIMES = (
-    "logsnr",
-    "sigma",
-    "noise_variance",
-    "flow_time",
-    "edm",
-    "discrete_step",
-)
-OUTPUTS = ("v", "x", "epsilon", "flow", "edm")
+from keras_mscm.networks.layers import NoiseLevelEmbedding
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -70,11 +55,22 @@ class AdaptedNetwork(keras.Model):
             without the batch's axis; held as untrained weights.
         float32_layers: Names of the network's layers that are to run in
             float32 whatever its policy: those that embed time.
+        time_embedding: For a student of several numbers of steps: the name,
+            or the dotted path of attributes, of the network's layer whose
+            output is its embedding of time, `(batch, width)`, with axes of
+            size 1 in between or not. To this `take_logsnr_end` adds an
+            embedding of the log-SNR to which a prediction is to lead. Of a
+            module of PyTorch or Flax it may be the end of a path, which several
+            parts may share. It is not needed with `time_width`, and may not be
+            within a block that is computed again for the gradient.
+        end_width: The width of that second embedding, which files and copies
+            tell; None for a network that has none, yet.
         **kwargs: As for any Keras model.
 
     Call arguments:
         inputs: Dictionary of `"z"`, noisy images `(batch, *image_shape)`;
-            `"logsnr"`, `(batch,)`; and the conditioning.
+            `"logsnr"`, `(batch,)`; and the conditioning. After
+            `take_logsnr_end`, optionally, `"logsnr_end"`, `(batch,)`.
         training: Whether the network trains.
 
     Call returns:
@@ -124,6 +120,8 @@ class AdaptedNetwork(keras.Model):
         conditioning: Mapping[str, Condition] | None = None,
         constants: Mapping[str, Any] | None = None,
         float32_layers: Sequence[str] = (),
+        time_embedding: str | None = None,
+        end_width: int | None = None,
         **kwargs: Any,
     ):
         if not isinstance(network, keras.Layer):
@@ -134,9 +132,13 @@ class AdaptedNetwork(keras.Model):
         self.network = network
         self.float32_layers = arguments.run_in_float32(network, float32_layers)
         self.image_shape = arguments.check_sizes("image_shape", image_shape)
-        self.process = checks.check_choice("process", process, PROCESSES)
-        self.time = checks.check_choice("time", time, TIMES)
-        self.output_type = checks.check_choice("output", output, OUTPUTS)
+        self.process = checks.check_choice(
+            "process", process, coordinates.PROCESSES
+        )
+        self.time = checks.check_choice("time", time, coordinates.TIMES)
+        self.output_type = checks.check_choice(
+            "output", output, coordinates.OUTPUTS
+        )
         self.alphas_cumprod = arguments.check_table(time, alphas_cumprod)
         self.sigma_data = arguments.check_scale("sigma_data", sigma_data)
         self.time_scale = arguments.check_scale("time_scale", time_scale)
@@ -148,7 +150,9 @@ class AdaptedNetwork(keras.Model):
                 "conditioning", {} if conditioning is None else conditioning
             ).items()
         }
-        self.names = self._check_names(names)
+        self.names = arguments.check_names(
+            names, ["z", "logsnr", *self.conditioning]
+        )
         constants = arguments.check_mapping("constants", constants)
         if isinstance(self.names, Mapping):
             taken = [*constants, *self.names.values()]
@@ -162,7 +166,13 @@ class AdaptedNetwork(keras.Model):
             name: self._store(f"constant_{name}", value)
             for name, value in constants.items()
         }
+        self.time_embedding = time_embedding
+        self.embed_end: NoiseLevelEmbedding | None = None
         self.build()
+        embeddings.check(network, time_embedding)
+        if end_width is not None:
+            embeddings.check_known(network, time_embedding, self.time_width)
+            self._embed_end(embeddings.check_width("end_width", end_width))
 
     def _store(self, name: str, value: Any) -> keras.Variable:
         """An untrained weight that holds an array."""
@@ -192,22 +202,6 @@ class AdaptedNetwork(keras.Model):
             mask=condition.mask,
         )
 
-    def _check_names(self, names: Any) -> dict[str, str] | list[str]:
-        ours = ["z", "logsnr", *self.conditioning]
-        if names is None:
-            names = {}
-        if isinstance(names, Mapping):
-            if not {*names} <= {*ours}:
-                raise checks.invalid("names", f"a dictionary of {ours}", names)
-            theirs = {name: names.get(name, name) for name in ours}
-            arguments.check_distinct("names", [*theirs.values()])
-            return theirs
-        if not isinstance(names, (list, tuple)) or sorted(names) != sorted(
-            ours
-        ):
-            raise checks.invalid("names", f"a list of {ours}", names)
-        return list(names)
-
     @property
     def prediction_type(self) -> str:
         """What it says: `"v"`, or `"x"` or `"epsilon"` if the network does."""
@@ -220,36 +214,82 @@ class AdaptedNetwork(keras.Model):
         self.built = True
         if not self.network.built:
             # Keras builds layers as they are called, if only symbolically.
-            inputs = {
-                name: condition.symbolic()
-                for name, condition in self.conditioning.items()
-            }
-            inputs["z"] = keras.KerasTensor((None, *self.image_shape))
-            inputs["logsnr"] = keras.KerasTensor((None,))
-            arguments.check_call(self, inputs)
+            arguments.check_call(self, self._symbolic())
+
+    def _symbolic(self) -> dict[str, keras.KerasTensor]:
+        """Its inputs without values, for a batch of any size."""
+        return {
+            "z": keras.KerasTensor((None, *self.image_shape)),
+            "logsnr": keras.KerasTensor((None,)),
+            **{k: c.symbolic() for k, c in self.conditioning.items()},
+        }
+
+    def take_logsnr_end(self) -> None:
+        """Lets the network be told where its prediction is to lead.
+
+        You want it for one student of several numbers of steps, which calls
+        it. A second embedding is added to the network's own of time; it begins
+        at zero, so that the network predicts as before until it is trained.
+
+        Raises:
+            ValueError: If it isn't known where the network embeds time.
+        """
+        if self.embed_end is not None:
+            return
+        width, name = self.time_width, self.time_embedding
+        embeddings.check_known(self.network, name, width)
+        if name is not None:
+
+            def call():
+                self.compute_output_spec(self._symbolic())
+
+            width = embeddings.width_of(self.network, name, call)
+        self._embed_end(embeddings.check_width("time_width", width))
+
+    def _embed_end(self, width: int) -> None:
+        # A built layer is locked, as Keras' own `enable_lora` finds it too.
+        self._tracker.unlock()
+        self.embed_end = NoiseLevelEmbedding(
+            width, begins_at_zero=True, dtype="float32", name="embed_end"
+        )
+        self._tracker.lock()
+        self.embed_end.build((None,))
+
+    @property
+    def takes_logsnr_end(self) -> bool:
+        """Whether it may be told where its prediction is to lead."""
+        return self.embed_end is not None
 
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
         z = ops.cast(inputs["z"], "float32")
         logsnr = ops.cast(inputs["logsnr"], "float32")
-        foreign = self._foreign_inputs(inputs, z, logsnr)
-        output = self.network(foreign, training=training)
+        end = None
+        if self.embed_end is not None and inputs.get("logsnr_end") is not None:
+            end = self.embed_end(inputs["logsnr_end"])
+        foreign = self._foreign_inputs(inputs, z, logsnr, end)
+        with embeddings.told(self.network, self.time_embedding, end):
+            output = self.network(foreign, training=training)
         output = ops.cast(output, "float32")
-        if self.output_type == "flow":
-            return P.v_from_flow(output, z, logsnr)
-        if self.output_type == "edm":
-            return P.v_from_edm(output, z, logsnr, self.sigma_data)
-        return output
+        return coordinates.prediction(
+            self.output_type, output, z, logsnr, self.sigma_data
+        )
 
     def _foreign_inputs(
-        self, inputs: dict[str, Tensor], z: Tensor, logsnr: Tensor
+        self,
+        inputs: dict[str, Tensor],
+        z: Tensor,
+        logsnr: Tensor,
+        end: Tensor | None,
     ) -> dict[str, Tensor] | list[Tensor]:
         """What the network takes, by its names or in its order."""
         given = {
             **{name: inputs[name] for name in self.conditioning},
-            "z": self._input(z, logsnr),
-            "logsnr": self._time(logsnr),
+            "z": coordinates.noisy_input(
+                self.process, z, logsnr, self.sigma_data
+            ),
+            "logsnr": self._time(logsnr, end),
         }
         if not isinstance(self.names, Mapping):
             return [given[name] for name in self.names]
@@ -259,30 +299,13 @@ class AdaptedNetwork(keras.Model):
             foreign[name] = ops.broadcast_to(value, shape)
         return foreign
 
-    def _input(self, z: Tensor, logsnr: Tensor) -> Tensor:
-        if self.process == "rectified_flow":
-            return P.flow_input(z, logsnr)
-        if self.process == "variance_exploding":
-            return P.exploding_input(z, logsnr)
-        if self.process == "edm":
-            return P.edm_input(z, logsnr, self.sigma_data)
-        return z
-
-    def _time(self, logsnr: Tensor) -> Tensor:
-        if self.time == "discrete_step":
-            time = P.discrete_step(logsnr, P.logsnr_table(self.alphas_cumprod))
-        else:
-            functions = {
-                "logsnr": lambda logsnr: logsnr,
-                "sigma": P.noise_to_signal,
-                "noise_variance": lambda logsnr: ops.sigmoid(-logsnr),
-                "flow_time": P.flow_time,
-                "edm": P.edm_time,
-            }
-            time = functions[self.time](logsnr)
+    def _time(self, logsnr: Tensor, end: Tensor | None) -> Tensor:
+        time = coordinates.time_input(self.time, logsnr, self.alphas_cumprod)
         time = self.time_scale * time
         if self.time_width:
             time = P.sinusoids(time, self.time_width)
+            if end is not None and self.time_embedding is None:
+                time = time + end
         for _ in range(self.time_axes):
             time = time[..., None]
         return time
@@ -297,7 +320,7 @@ class AdaptedNetwork(keras.Model):
             ValueError: If the foreign network can't be made anew.
         """
         config = {**super().get_config(), **self._arguments()}
-        config["network"] = _clone_of(self.network)
+        config["network"] = copies.clone_of(self.network)
         config["conditioning"] = dict(self.conditioning)
         clone = type(self)(**{**config, "name": name or self.name})
         lora.like(clone, self)
@@ -313,7 +336,14 @@ class AdaptedNetwork(keras.Model):
             for name, value in self.constants.items()
         }
         names = self.names
+        # Only where they are used, so that other files are as they were.
+        end: dict[str, Any] = {}
+        if self.time_embedding is not None:
+            end["time_embedding"] = self.time_embedding
+        if self.embed_end is not None:
+            end["end_width"] = self.embed_end.width
         return {
+            **end,
             "image_shape": self.image_shape,
             "process": self.process,
             "time": self.time,
@@ -336,7 +366,7 @@ class AdaptedNetwork(keras.Model):
             for name, value in config["constants"].items()
         }
         config["conditioning"] = {
-            name: _described(condition)
+            name: copies.described(condition)
             for name, condition in self.conditioning.items()
         }
         return config
@@ -353,46 +383,7 @@ class AdaptedNetwork(keras.Model):
             for name, (shape, dtype) in config["constants"].items()
         }
         config["conditioning"] = {
-            name: _from_description(description)
+            name: copies.from_description(description)
             for name, description in config["conditioning"].items()
         }
         return cls(**config)
-
-
-def _described(condition: Condition) -> dict[str, Any]:
-    """A condition's configuration; of a null that is a weight, the shape."""
-    if not isinstance(condition.null, keras.Variable):
-        return {**condition.get_config(), "null_shape": None}
-    null = condition.null
-    plain = Condition(
-        condition.shape,
-        condition.dtype,
-        num_classes=condition.num_classes,
-        mask=condition.mask,
-    )
-    return {**plain.get_config(), "null_shape": list(null.shape)}
-
-
-def _from_description(description: dict[str, Any]) -> Condition:
-    config = dict(description)
-    shape = config.pop("null_shape")
-    if shape is not None:
-        config["null"] = np.zeros(shape, "float32")
-    return Condition.from_config(config)
-
-
-def _clone_of(network: keras.Layer) -> keras.Layer:
-    """A second foreign network, by its own `clone()` or configuration."""
-    if callable(getattr(network, "clone", None)):
-        return network.clone()
-    try:
-        clone = type(network).from_config(network.get_config())
-        if not clone.built:
-            clone.build_from_config(network.get_build_config())
-    except Exception as error:  # because it is anybody's class
-        raise ValueError(
-            "`network` must be one that can be made anew, by `get_config` and "
-            f"`from_config` or by a method `clone()`. Received: {network!r}, "
-            f"which raised {type(error).__name__}: {error}"
-        ) from error
-    return clone

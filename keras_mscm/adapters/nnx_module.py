@@ -1,11 +1,13 @@
 """A module of Flax's nnx as a Keras layer."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
 
 from keras_mscm import checks
+from keras_mscm.adapters.embeddings import is_called, then, unknown
 from keras_mscm.adapters.flax_module import FlaxModule, Path, mode_argument
 from keras_mscm.adapters.foreign import check_backend, with_builder
 
@@ -82,6 +84,7 @@ class NnxModule(FlaxModule):
                 [(path, made[path]) for path, _ in nnx.to_flat_state(random)]
             )
         # In a function, because Keras would track what is in attributes.
+        self._changing: Callable = lambda module: contextlib.nullcontext()
         self._parts = lambda on: (graphs[on], mode[on], trained, random, rest)
         self.built = True
 
@@ -92,13 +95,26 @@ class NnxModule(FlaxModule):
         positional, named = self._inputs(inputs)
         module = self._merged(training, self._flat())
         mode = self._parts(training)[1]
-        output = module(*positional, **named, **mode)
+        with self._changing(module):
+            output = module(*positional, **named, **mode)
         if training:
             split: Any = nnx.split
             states = split(module, nnx.Param, nnx.RngState, ...)
             for path, value in nnx.to_flat_state(states[-1]):
                 self._assign(path, value.get_value())
         return output
+
+    @contextlib.contextmanager
+    def changed(
+        self, name: str, change: Callable[[Any], Any]
+    ) -> Iterator[None]:
+        """Changes what the submodules say whose path ends with a name."""
+        before = self._changing
+        self._changing = lambda module: _changed(module, name, change)
+        try:
+            yield
+        finally:
+            self._changing = before
 
     def _merged(self, training: bool, values: dict[Path, Any]) -> Any:
         """The module, with other values for its variables."""
@@ -174,3 +190,27 @@ class NnxModule(FlaxModule):
             module, real = make(), None
         layer._make(module, real)
         return layer
+
+
+@contextlib.contextmanager
+def _changed(
+    module: Any, name: str, change: Callable[[Any], Any]
+) -> Iterator[None]:
+    """Changes what the parts of a module say whose path ends with a name."""
+    from flax import nnx
+
+    owners: dict[Path, Any] = {(): module}
+    owners |= {tuple(path): part for path, part in nnx.iter_modules(module)}
+    parts = {
+        path: part for path, part in owners.items() if is_called(path, name)
+    }
+    if not parts:
+        raise unknown(name, [".".join(map(str, path)) for path in owners])
+    for path, part in parts.items():
+        # Functions in their places, because nnx has no hooks.
+        vars(owners[path[:-1]])[path[-1]] = then(part, change)
+    try:
+        yield
+    finally:
+        for path, part in parts.items():
+            vars(owners[path[:-1]])[path[-1]] = part

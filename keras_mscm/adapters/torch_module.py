@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_mscm import checks
+from keras_mscm.adapters.embeddings import is_called, unknown
 from keras_mscm.adapters.foreign import (
     builder_config,
     check_backend,
@@ -196,6 +197,25 @@ class TorchModule(keras.layers.Layer):
     def run(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Calls the module; what a subclass may do in another way."""
         return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def changed(
+        self, name: str, change: Callable[[Any], Any]
+    ) -> Iterator[None]:
+        """Changes what the submodules say whose path ends with a name."""
+        named = dict(self.module.named_modules())
+        parts = [named[path] for path in named if is_called(path, name)]
+        if not parts:
+            raise unknown(name, named)
+        hooks = [
+            part.register_forward_hook(lambda _, given, output: change(output))
+            for part in parts
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextlib.contextmanager
     def _computing(self, training: bool, inputs: Any) -> Iterator[None]:

@@ -8,7 +8,14 @@ from keras import ops
 from keras_mscm import MultistepConsistencyModel, backend, samplers
 from keras_mscm.adapters.edm import edm_grid, from_edm
 from keras_mscm.conditioning import Condition
-from tests.adapters.tiny import check_student, difference, perturb, sampled
+from tests.adapters.tiny import (
+    check_several_steps,
+    check_student,
+    difference,
+    inputs_of,
+    perturb,
+    sampled,
+)
 
 SHAPE = (8, 8, 3)
 SIGMA_DATA = 0.5
@@ -23,7 +30,9 @@ def foreign(dtype="float32"):
         z, time = keras.Input(SHAPE), keras.Input(())
         label = keras.Input((), dtype="int32")
         embedded = keras.layers.Reshape((1,))(time)
-        embedded = keras.layers.Dense(8, activation="tanh")(embedded)
+        embedded = keras.layers.Dense(8, activation="tanh", name="time")(
+            embedded
+        )
         embedded += keras.layers.Embedding(4, 8)(label)
         maps = keras.layers.Conv2D(8, 3, padding="same")(z)
         maps += keras.layers.Reshape((1, 1, 8))(embedded)
@@ -48,6 +57,7 @@ def model(network):
         SHAPE,
         sigma_data=SIGMA_DATA,
         conditioning={"labels": Condition((), "int32", null=3, num_classes=3)},
+        time_embedding="time",
     )
 
 
@@ -127,6 +137,20 @@ def test_a_student_begins_with_its_weights_and_learns(model):
     }
     assert difference(student.network(inputs), model.network(inputs)) == 0
     check_student(student, np.clip(NOISE, -1, 1), LABELS)
+
+
+@pytest.mark.parametrize("holds", [{}, {"lora_rank": 1}])
+def test_a_student_of_several_numbers_of_steps(model, tmp_path, holds):
+    x, y = np.clip(NOISE, -1, 1), {"labels": LABELS}
+    student = check_several_steps(model, x, y, tmp_path, **holds)
+    if holds:
+        times = {"logsnr": [-4, -4], "logsnr_end": [3, 3]}
+        end = inputs_of(model, y, **times)
+        expected = student.ema_network(end)
+        assert difference(student.merged_network()(end), expected) < 1e-5
+        student.save_lora(tmp_path / "lora.npz")
+        student.load_lora(tmp_path / "lora.npz")
+        assert difference(student.network(end), expected) < 1e-5
 
 
 def test_saved_and_loaded_it_samples_the_same(model, tmp_path):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mscm import samplers
+from keras_mscm import MultistepConsistencyModel, samplers
 
 
 def difference(ours, theirs):
@@ -49,3 +49,82 @@ def check_student(student, x, y):
     assert any(np.any(a != b) for a, b in zip(after, before))
     for value, was in zip(student.teacher.network.weights, teacher):
         np.testing.assert_array_equal(value, was)
+
+
+def inputs_of(model, conditioning, **times):
+    """A network's inputs, of noise drawn with a fixed seed."""
+    batch = len(times["logsnr"])
+    noise = np.random.default_rng(3).standard_normal(
+        (batch, *model.image_shape)
+    )
+    inputs = {"z": noise.astype("float32"), **conditioning}
+    inputs |= {name: np.array(t, "float32") for name, t in times.items()}
+    return {k: ops.convert_to_tensor(value) for k, value in inputs.items()}
+
+
+def check_several_steps(model, x, y=None, tmp_path=None, limit=0, **kwargs):
+    """A student of several numbers of steps, of an adapted model.
+
+    It begins as its teacher, learns what the end of its step is, is copied and
+    written with that, and predicts as before where it isn't told.
+    """
+    student = MultistepConsistencyModel.from_teacher(
+        model, student_steps=(1, 2, 4), ema_decay=0.5, **kwargs
+    )
+    y = y or {}
+    begins = inputs_of(model, y, logsnr=[0.0] * len(x))
+    noise = begins.pop("z")
+    given = {name: begins[name] for name in y}
+
+    def jumps(z, logsnr, logsnr_end):
+        return student.denoise(
+            student.network, z, logsnr, given, logsnr_end=logsnr_end
+        )
+
+    def denoises(z, logsnr):
+        return model.denoise(model.network, z, logsnr, given)
+
+    own = samplers.FlowMap()(jumps, noise, model.schedule, 4)
+    expected = samplers.DDIM()(denoises, noise, model.schedule, 4)
+    assert difference(own, expected) == 0
+
+    level = {"logsnr": [-4.0] * len(x)}
+    ends = [
+        inputs_of(model, y, **level, logsnr_end=[end] * len(x))
+        for end in (-3.0, 6.0)
+    ]
+
+    def said(network, inputs):
+        return ops.convert_to_numpy(network(inputs))
+
+    network = student.network
+    assert difference(*(said(network, end) for end in ends)) == 0
+    before = [ops.convert_to_numpy(w) for w in network.embed_end.weights]
+    student.compile(optimizer=keras.optimizers.SGD(1.0))
+    history = student.fit(x, y or None, batch_size=len(x), epochs=1, verbose=0)
+    assert np.isfinite(history.history["loss"][0])
+    assert any(
+        np.any(ops.convert_to_numpy(weight) != old)
+        for weight, old in zip(network.embed_end.weights, before)
+    )
+    for each in (network, student.ema_network):
+        assert difference(*(said(each, end) for end in ends)) > 0
+
+    learnt = [said(network, end) for end in ends]
+    clone = network.clone()
+    for end, expected in zip(ends, learnt):
+        assert difference(said(clone, end), expected) <= limit
+    if tmp_path is not None:
+        student.save(tmp_path / "student.keras")
+        loaded = keras.models.load_model(tmp_path / "student.keras")
+        for name in ("network", "ema_network"):
+            ours, theirs = getattr(student, name), getattr(loaded, name)
+            assert difference(said(ours, end), said(theirs, end)) <= limit
+    # Without an end it is what it would be without the embedding.
+    plain = inputs_of(model, y, **level)
+    expected = said(network, plain)
+    for weight in network.embed_end.weights:
+        weight.assign(weight + 1.0)
+    assert difference(said(network, plain), expected) == 0
+    assert difference(said(network, end), learnt[-1]) > 0
+    return student
