@@ -18,6 +18,7 @@ from keras_mscm import (
 from keras_mscm.conditioning import Condition
 from keras_mscm.generator import Generator
 from keras_mscm.models import (
+    ConsistencyTuningModel,
     ContinuousConsistencyModel,
     DenoisingModel,
     DiffusionModel,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Condition",
+    "ConsistencyTuningModel",
     "ContinuousConsistencyModel",
     "DenoisingModel",
     "DiffusionModel",

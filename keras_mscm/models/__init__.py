@@ -1,6 +1,7 @@
 """Training algorithms, each a `keras.Model`."""
 
 from keras_mscm.models.base import DenoisingModel
+from keras_mscm.models.consistency_tuning import ConsistencyTuningModel
 from keras_mscm.models.continuous_consistency import (
     ContinuousConsistencyModel,
 )
@@ -13,6 +14,7 @@ from keras_mscm.models.progressive_distillation import (
 )
 
 __all__ = [
+    "ConsistencyTuningModel",
     "ContinuousConsistencyModel",
     "DenoisingModel",
     "DiffusionModel",
