@@ -21,6 +21,10 @@ WEIGHTINGS = {
         lambda x: np.maximum(np.exp(x), 1),
     ),
     "uniform": (weightings.uniform, np.ones_like),
+    "flow_velocity": (
+        weightings.flow_velocity,
+        lambda x: 1 / sigmoid(-x / 2) ** 2,
+    ),
     "sigmoid_-3": (
         weightings.SigmoidWeighting(-3),
         lambda x: np.exp(x) * sigmoid(-3 - x),
