@@ -5,22 +5,21 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
-from keras import ops
 
 from keras_mscm import checks
 from keras_mscm.atomic_file import write_atomically
-from keras_mscm.callbacks import own_files
-from keras_mscm.callbacks.sampling_callback import SamplingCallback
+from keras_mscm.callbacks import evaluations, own_files
+from keras_mscm.callbacks.sampling_callback import (
+    Drawings,
+    SamplingCallback,
+)
 
 SUFFIX = ".weights.h5"
-#: The attribute of a file of best weights that holds their evaluation.
-MARK = "keras_mscm.EvaluateSamples"
 #: Names that an evaluation or an epoch's logs hold already.
 TAKEN = ("iteration", "loss", "val_loss")
 #: Bytes that HDF5 needs for each variable beside its numbers, and to spare.
@@ -71,7 +70,9 @@ class EvaluateSamples(SamplingCallback):
         results: File to append each evaluation to, one JSON object a line; none
             by default.
         **generate_with: Further arguments of the model's `generate`, such as
-            `num_steps`, `sampler` or `guidance_scale`.
+            `num_steps`, `sampler` or `guidance_scale`. Of several `num_steps`,
+            `(1, 2, 4, 8)`, each has a number of its own: the metric "distance"
+            becomes "distance_1_step", "distance_2_steps" and so on.
 
     Attributes:
         history: Of each evaluation the iteration and every metric's result.
@@ -121,7 +122,11 @@ class EvaluateSamples(SamplingCallback):
             generate_with,
         )
         self.metrics = _checked(metrics)
-        names = tuple(metric.name for metric in self.metrics)
+        names = tuple(
+            self._name(metric, k)
+            for metric in self.metrics
+            for k in self.num_steps
+        )
         for metric in self.metrics:
             least = getattr(metric, "min_samples", 1)
             if self.num_images < least:
@@ -145,6 +150,12 @@ class EvaluateSamples(SamplingCallback):
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
 
+    def _name(self, metric: Any, num_steps: int | None) -> str:
+        """What a metric's number is called, of a number of steps."""
+        if len(self.num_steps) == 1:
+            return metric.name
+        return f"{metric.name}_{num_steps}_step{'s'[: num_steps != 1]}"
+
     @property
     def _record(self) -> Path:
         return Path(f"{self.best_weights}.json")
@@ -161,7 +172,7 @@ class EvaluateSamples(SamplingCallback):
                 own_files.remove_leftovers(folder, re.escape(path.name))
         if self.results is not None:
             own_files.check_folder("results", self.results.parent)
-            _check_results(self.results)
+            evaluations.check_results(self.results)
 
     def _check_comparable(self) -> None:
         space, raw = self.model.space, self.generate_with.get("decode") is False
@@ -177,14 +188,14 @@ class EvaluateSamples(SamplingCallback):
         """What an earlier training has kept; raises if something else is."""
         record = None
         if own_files.is_there(self._record):
-            record = _parsed(_text_of(self._record))
+            record = evaluations.parsed(evaluations.text_of(self._record))
             if record is None or not self._is_comparable(record):
                 what = "an earlier training's best number"
                 raise own_files.foreign("best_weights", self._record, what)
         if own_files.is_there(path):
             # The weights' own mark goes first, because the record is older if
             # the process was killed between the two writes.
-            record = _parsed(_mark_of(path)) or record
+            record = evaluations.parsed(evaluations.mark_of(path)) or record
             if record is None or not path.is_file():
                 what = "an earlier training's best weights"
                 raise own_files.foreign("best_weights", path, what)
@@ -194,7 +205,9 @@ class EvaluateSamples(SamplingCallback):
         """Whether it has a number to compare with, or is of other metrics."""
         if self.monitor not in record:
             return True
-        return math.isfinite(_value(self.monitor, record[self.monitor]))
+        return math.isfinite(
+            evaluations.value(self.monitor, record[self.monitor])
+        )
 
     def on_first_iteration(self, iteration: int) -> None:
         """Finds out what was best, if this training goes on with another."""
@@ -208,22 +221,24 @@ class EvaluateSamples(SamplingCallback):
                     f"{self.monitor!r}, there {sorted(self.best)}"
                 )
 
-    def on_drawing(self, iteration: int, batches: Iterator[np.ndarray]) -> None:
+    def on_drawing(self, iteration: int, drawings: Drawings) -> None:
         """Evaluates, and saves the weights if they are the best."""
-        for metric in self.metrics:
-            metric.reset_state()
-        for images in batches:
-            for metric in self.metrics:
-                metric.update_state(images)
         evaluation: dict[str, Any] = {"iteration": iteration}
-        for metric in self.metrics:
-            evaluation[metric.name] = _plain(metric.result())
-            _value(metric.name, evaluation[metric.name])
-            metric.reset_state()
+        for num_steps, batches in drawings.items():
+            for metric in self.metrics:
+                metric.reset_state()
+            for images in batches:
+                for metric in self.metrics:
+                    metric.update_state(images)
+            for metric in self.metrics:
+                name = self._name(metric, num_steps)
+                evaluation[name] = evaluations.plain(metric.result())
+                evaluations.value(name, evaluation[name])
+                metric.reset_state()
         self.history.append(evaluation)
         try:
             if self.results is not None:
-                _append(self.results, json.dumps(evaluation) + "\n")
+                evaluations.append(self.results, json.dumps(evaluation) + "\n")
             if self._is_better(evaluation):
                 if self.best_weights is not None:
                     self._save(self.best_weights, evaluation)
@@ -236,12 +251,12 @@ class EvaluateSamples(SamplingCallback):
             )
 
     def _is_better(self, evaluation: dict[str, Any]) -> bool:
-        value = _value(self.monitor, evaluation[self.monitor])
+        value = evaluations.value(self.monitor, evaluation[self.monitor])
         if not math.isfinite(value):
             return False
         if self.best is None:
             return True
-        best = _value(self.monitor, self.best[self.monitor])
+        best = evaluations.value(self.monitor, self.best[self.monitor])
         return value < best if self.mode == "min" else value > best
 
     def _save(self, path: Path, evaluation: dict[str, Any]) -> None:
@@ -249,7 +264,7 @@ class EvaluateSamples(SamplingCallback):
             own_files.check_space(file.parent, self.model, SLACK)
             self.model.save_weights(file)
             with h5py.File(file, "a") as opened:
-                opened.attrs[MARK] = json.dumps(evaluation)
+                opened.attrs[evaluations.MARK] = json.dumps(evaluation)
 
         # The weights are written first, because a record without its weights
         # would be a lie, while weights better than the record are at worst
@@ -264,9 +279,9 @@ class EvaluateSamples(SamplingCallback):
         """Puts the latest numbers into the epoch's logs."""
         super().on_epoch_end(epoch, logs)
         if self.history and logs is not None:
-            for metric in self.metrics:
-                latest = self.history[-1][metric.name]
-                logs[metric.name] = _value(metric.name, latest)
+            for name, latest in self.history[-1].items():
+                if name != "iteration":
+                    logs[name] = evaluations.value(name, latest)
 
 
 def _checked(metrics: Any) -> list:
@@ -295,106 +310,3 @@ def _checked(metrics: Any) -> list:
             f"{TAKEN}. Received: {names}"
         )
     return [*metrics]
-
-
-def _plain(result: Any) -> Any:
-    """A metric's result as JSON can hold it."""
-    if isinstance(result, dict):
-        return {key: _plain(value) for key, value in result.items()}
-    if hasattr(result, "shape"):
-        result = ops.convert_to_numpy(result)
-        return result.item() if result.size == 1 else result.tolist()
-    if result is None or isinstance(result, (str, bool, int, float)):
-        return result
-    return str(result)
-
-
-def _value(name: str, result: Any) -> float:
-    """The number that a metric's result is, or has as its "value"."""
-    value = result.get("value") if isinstance(result, dict) else result
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(
-            "`metrics` must return a number or a dictionary with 'value', a "
-            f"number. Received: {checks.describe(result)} of the metric "
-            f"{name!r}"
-        )
-    return float(value)
-
-
-# Files.
-
-
-def _text_of(path: Path) -> str:
-    """What is in a file; nothing, if that isn't text."""
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    """An evaluation, if that is what it says."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict):
-        return None
-    try:
-        checks.check_integer("iteration", found.get("iteration"), 0)
-        for name in {*found} - {"iteration"}:
-            _value(name, found[name])
-    except ValueError:
-        return None
-    return found if len(found) > 1 else None
-
-
-def _mark_of(path: Path) -> str:
-    """What best weights say of themselves; nothing, if they are none."""
-    try:
-        with h5py.File(path, "r") as opened:
-            return str(opened.attrs.get(MARK, ""))
-    except OSError:
-        return ""
-
-
-def _check_results(path: Path) -> None:
-    """Raises unless there is a file of evaluations, or none.
-
-    A last line that a killed process or a full disk has cut off is taken away,
-    because the next one would be joined to it.
-    """
-    if not own_files.is_there(path):
-        return
-    error = own_files.foreign("results", path, "evaluations")
-    try:
-        with path.open("r+b") as file:
-            content = file.read()
-            lines = content.split(b"\n")
-            last = lines.pop()
-            if not all(_parsed(line.decode("utf-8")) for line in lines):
-                raise error
-            if last and _parsed(last.decode("utf-8", "replace")):
-                file.write(b"\n")
-            elif last:
-                begin = b'{"iteration": '
-                if last[: len(begin)] != (
-                    begin[: len(last)] if lines else begin
-                ):
-                    raise error
-                file.truncate(len(content) - len(last))
-    except (OSError, UnicodeDecodeError) as cause:
-        raise error from cause
-
-
-def _append(path: Path, line: str) -> None:
-    """Appends a line, all of it or nothing."""
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        content = line.encode("utf-8")
-        try:
-            if file.write(content) < len(content):
-                raise OSError(f"no room for a line in {path}")
-        except OSError:
-            file.truncate(end)
-            raise

@@ -7,7 +7,6 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,10 @@ import numpy as np
 from keras_mscm import checks
 from keras_mscm.atomic_file import write_atomically
 from keras_mscm.callbacks import own_files
-from keras_mscm.callbacks.sampling_callback import SamplingCallback
+from keras_mscm.callbacks.sampling_callback import (
+    Drawings,
+    SamplingCallback,
+)
 
 NAMES = r"\d{8,}\.png"
 #: The text within a PNG file by which a grid is recognised.
@@ -51,7 +53,8 @@ class SampleGrid(SamplingCallback):
         tensorboard: Log directory of TensorBoard, to which the grids go as
             well, as the image "samples"; none by default.
         **generate_with: Further arguments of the model's `generate`, such as
-            `num_steps`, `sampler` or `guidance_scale`.
+            `num_steps`, `sampler` or `guidance_scale`. Of several `num_steps`,
+            `(1, 2, 4, 8)`, the grids stand below one another.
 
     Raises:
         ValueError: If an argument is out of its range; when training begins,
@@ -133,9 +136,13 @@ class SampleGrid(SamplingCallback):
             own_files.check_folder("tensorboard", self.tensorboard)
             self._writer = _EventFile(self.tensorboard)
 
-    def on_drawing(self, iteration: int, batches: Iterator[np.ndarray]) -> None:
-        """Writes the grid."""
-        images = grid_of(np.concatenate([*batches]), self.columns)
+    def on_drawing(self, iteration: int, drawings: Drawings) -> None:
+        """Writes the grid, or those of several numbers of steps in one."""
+        grids = [
+            grid_of(np.concatenate([*batches]), self.columns)
+            for batches in drawings.values()
+        ]
+        images = below_one_another(grids)
         png = _png_of(images)
         path = self.directory / f"{iteration:08d}.png"
         try:
@@ -177,6 +184,17 @@ def grid_of(images: np.ndarray, columns: int) -> np.ndarray:
     grid = grid.swapaxes(1, 2)
     shape = rows * (height + 1), columns * (width + 1), channels
     return grid.reshape(shape)[:-1, :-1]
+
+
+def below_one_another(grids: list[np.ndarray]) -> np.ndarray:
+    """Grids of one size, four pixels apart, as one image.
+
+    Args:
+        grids: As `grid_of` makes them.
+    """
+    gap = np.zeros((4, *grids[0].shape[1:]), "uint8")
+    parts = [part for grid in grids for part in (gap, grid)]
+    return np.concatenate(parts[1:])
 
 
 def _png_of(images: np.ndarray) -> bytes:

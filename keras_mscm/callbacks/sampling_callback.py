@@ -10,6 +10,8 @@ from keras_mscm import backend, checks
 from keras_mscm.conditioning import completed
 from keras_mscm.models import DenoisingModel
 
+Drawings = dict[int | None, Iterator[np.ndarray]]
+
 #: Arguments of `generate` that the callback sets itself.
 OWN = ("num_images", "noise")
 
@@ -31,7 +33,8 @@ class SamplingCallback(keras.callbacks.Callback):
         batch_size: Images at a time, at least 1.
         seed: Seed of the noise, and of what the sampler adds, in
             0..2**31 - 3.
-        generate_with: Further arguments of the model's `generate`.
+        generate_with: Further arguments of the model's `generate`; its
+            `num_steps` may be several.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class SamplingCallback(keras.callbacks.Callback):
         # None is refused, because each drawing must be from the same noise.
         self.seed = checks.check_integer("seed", seed, 0, checks.SEED_END - 1)
         generate_with = dict(generate_with)
+        #: The numbers of steps that are drawn; None is the model's own.
+        self.num_steps = _several(generate_with.pop("num_steps", None))
         given = generate_with.pop("conditioning", {})
         if not isinstance(given, dict):
             raise checks.invalid(
@@ -81,13 +86,13 @@ class SamplingCallback(keras.callbacks.Callback):
                 )
         self.generate_with = generate_with
 
-    def on_drawing(self, iteration: int, batches: Iterator[np.ndarray]) -> None:
+    def on_drawing(self, iteration: int, drawings: Drawings) -> None:
         """What to do with the images.
 
         Args:
             iteration: The optimizer updates so far.
-            batches: The images in [-1, 1], in batches, drawn as they are asked
-                for.
+            drawings: By the number of steps, the images in [-1, 1], in
+                batches, drawn as they are asked for, from the same noise.
         """
         raise NotImplementedError
 
@@ -104,7 +109,9 @@ class SamplingCallback(keras.callbacks.Callback):
             # All of it once, because labels are in turn over all images, and
             # not over each batch.
             self._parts = completed(model.conditioning, given, num)
-            model.check_generate(num_images=num, **self._arguments(0, num))
+            for num_steps in self.num_steps:
+                arguments = self._arguments(0, num, num_steps)
+                model.check_generate(num_images=num, **arguments)
         except TypeError as error:
             raise ValueError(
                 f"`{type(self).__name__}` must be given arguments of "
@@ -150,27 +157,46 @@ class SamplingCallback(keras.callbacks.Callback):
         # It is asked again, because loss scaling may have skipped an update.
         if self._is_due(iteration):
             self._last = iteration
-            self.on_drawing(iteration, self._draw())
+            drawings = {k: self._draw(k) for k in self.num_steps}
+            self.on_drawing(iteration, drawings)
 
-    def _draw(self) -> Iterator[np.ndarray]:
+    def _draw(self, num_steps: int | None = None) -> Iterator[np.ndarray]:
         # The noise is one stream, so that the batch size doesn't change it.
         rng = np.random.default_rng(self.seed)
         shape = self.model.space.shape
         for begin in range(0, self.num_images, self.batch_size):
             end = min(begin + self.batch_size, self.num_images)
             noise = rng.standard_normal((end - begin, *shape), dtype="float32")
-            yield self.model.generate(
-                noise=noise, **self._arguments(begin, end)
-            )
+            arguments = self._arguments(begin, end, num_steps)
+            yield self.model.generate(noise=noise, **arguments)
 
-    def _arguments(self, begin: int, end: int) -> dict[str, Any]:
+    def _arguments(
+        self, begin: int, end: int, num_steps: int | None
+    ) -> dict[str, Any]:
         parts = {name: value[begin:end] for name, value in self._parts.items()}
         return {
             "conditioning": parts,
             "seed": (self.seed + begin) % checks.SEED_END,
             "batch_size": self.batch_size,
+            "num_steps": num_steps,
             **self.generate_with,
         }
+
+
+def _several(num_steps: Any) -> tuple[int | None, ...]:
+    """The numbers of steps, of one or a list of them."""
+    if num_steps is None:
+        return (None,)
+    allowed = "an integer, or a list of different ones"
+    if not isinstance(num_steps, (list, tuple)):
+        num_steps = (num_steps,)
+    numbers = tuple(
+        checks.check_positive_integer("num_steps", k)
+        for k in checks.check_sequence("num_steps", num_steps, allowed)
+    )
+    if len({*numbers}) < len(numbers):
+        raise checks.invalid("num_steps", allowed, num_steps)
+    return numbers
 
 
 def _entries(name: str, value: Any, num_images: int) -> np.ndarray:

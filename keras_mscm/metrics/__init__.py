@@ -16,6 +16,7 @@ from keras_mscm.metrics.extractors import (
 )
 from keras_mscm.metrics.frechet import FrechetDistance, frechet_distance
 from keras_mscm.metrics.kernel import KernelDistance
+from keras_mscm.metrics.over_steps import quality_over_steps
 from keras_mscm.metrics.precision_recall import (
     ImprovedPrecision,
     ImprovedRecall,
@@ -33,4 +34,5 @@ __all__ = [
     "frechet_distance",
     "inception_v3",
     "keras_features",
+    "quality_over_steps",
 ]

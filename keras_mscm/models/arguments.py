@@ -1,5 +1,6 @@
 """The arguments of a `DenoisingModel`: checked, completed, written down."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -133,6 +134,19 @@ def conditioning_of(
                 )
         sizes.append(value)
     return standard(*sizes) if declared is None else declared
+
+
+def takes_logsnr_end(network: Any) -> bool:
+    """Whether a network may be told where its prediction is to lead.
+
+    A functional model says so by its inputs, any other by an attribute.
+    """
+    if getattr(network, "takes_logsnr_end", False):
+        return True
+    inputs = None
+    with contextlib.suppress(AttributeError, ValueError):
+        inputs = network.input
+    return isinstance(inputs, dict) and "logsnr_end" in inputs
 
 
 def declares(network: keras.Layer) -> bool:

@@ -183,7 +183,7 @@ class DenoisingModel(keras.Model):
     @property
     def takes_logsnr_end(self) -> bool:
         """Whether its network may be told where its prediction is to lead."""
-        return bool(getattr(self.network, "takes_logsnr_end", False))
+        return arguments.takes_logsnr_end(self.network)
 
     def symbolic_inputs(self) -> dict[str, keras.KerasTensor]:
         """The network's inputs without values, for a batch of any size."""

@@ -60,9 +60,9 @@ class MultistepConsistencyModel(DenoisingModel):
             diffusion model's predictions, `"training"` (CT) with the images
             themselves, so without a teacher.
         teacher_steps: Teacher steps when no callback anneals them: a number,
-            at least the largest of `student_steps` (appendix A.1: 256 on text to
-            image), or a function of the iteration, such as a Keras learning rate schedule,
-            that is traced into the step (so `keras.ops` only).
+            at least the largest of `student_steps` (appendix A.1: 256 on text
+            to image), or a function of the iteration, such as a Keras learning
+            rate schedule, that is traced into the step (so `keras.ops` only).
         reference: Which network's prediction at s the target is made of: the
             `"online"` one that is trained (the paper), under the dropout of
             its pass at t, or its moving average, `"ema"`, without dropout.
@@ -266,11 +266,12 @@ class MultistepConsistencyModel(DenoisingModel):
         """The same, with segments that end anywhere on the teacher's grid.
 
         Their lengths are drawn log-uniform, so that each doubling of the number
-        of steps has an equal share; what would begin before 0 ends there.
+        of steps has an equal share, and up to four times the whole of time,
+        because what would begin before 0 ends there, as one step does.
         """
         total = self.steps_per_segment(1)
         n = 1 + ops.floor(self.draw_uniform(batch) * total)
-        length = ops.exp(self.draw_uniform(batch) * ops.log(total))
+        length = ops.exp(self.draw_uniform(batch) * ops.log(4 * total))
         n_rel = 1 + ops.floor(self.draw_uniform(batch) * length)
         n_rel = ops.minimum(n_rel, n)
         return F.segment_times(n - n_rel, n_rel, total, ops.ones(()))

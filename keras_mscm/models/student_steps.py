@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_mscm import checks
 from keras_mscm.functional.process import Tensor
+from keras_mscm.models.arguments import takes_logsnr_end
 
 StudentSteps = int | tuple[int, ...] | str
 
@@ -57,14 +58,15 @@ def take_end(network: Any) -> None:
     Raises:
         ValueError: If it can't be.
     """
-    if getattr(network, "takes_logsnr_end", False):
+    if takes_logsnr_end(network):
         return
     if not callable(getattr(network, "take_logsnr_end", None)):
         raise ValueError(
             "`network` must be one that can be told where its step ends, for "
             "several student_steps: a `UViT`, an adapted network that knows "
-            "its time embedding, or a layer that takes 'logsnr_end' and says "
-            "so by `takes_logsnr_end = True`. Received: "
+            "its time embedding, a functional model with an input "
+            "'logsnr_end', or a layer that says `takes_logsnr_end = True`. "
+            "Received: "
             f"{checks.describe(network)}"
         )
     network.take_logsnr_end()
@@ -92,20 +94,9 @@ def draw(
         Floats, `(batch,)`.
     """
     shares = np.ones(len(steps)) if weights is None else np.asarray(weights)
-    bounds = (np.cumsum(shares) / np.sum(shares))[:-1].astype("float32")
+    bounds = (np.cumsum(shares) / np.sum(shares))[:-1]
+    bounds = ops.convert_to_tensor(bounds, "float32")
     place = ops.sum(
         ops.cast(uniform[:, None] >= bounds[None], "int32"), axis=-1
     )
     return ops.take(ops.convert_to_tensor(steps, "float32"), place)
-
-
-__all__ = [
-    "ANY",
-    "DEFAULT_OF_ANY",
-    "StudentSteps",
-    "check",
-    "check_weights",
-    "draw",
-    "largest",
-    "take_end",
-]

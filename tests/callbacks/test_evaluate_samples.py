@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 from keras_mscm import MultistepConsistencyModel
-from keras_mscm.callbacks import EvaluateSamples, evaluate_samples
+from keras_mscm.callbacks import EvaluateSamples, evaluations
 from keras_mscm.metrics import FrechetDistance, KernelDistance, Reference
 
 
@@ -120,7 +120,7 @@ def test_batches_have_no_say(make_model, images):
         evaluate = make([recorder], num_images=7, batch_size=batch_size)
         evaluate.set_model(model)
         evaluate.on_train_begin()
-        evaluate.on_drawing(0, evaluate._draw())
+        evaluate.on_drawing(0, {None: evaluate._draw()})
         sets += recorder.sets
     np.testing.assert_allclose(*sets, atol=1e-6)
     assert sets[0].shape == (7, 4, 4, 1)
@@ -475,7 +475,7 @@ def test_what_it_has_left_is_replaced(make_model, images, tmp_path):
     ]
     # Of version 0.1 the weights say nothing, only the record does.
     with h5py.File(path, "a") as file:
-        del file.attrs[evaluate_samples.MARK]
+        del file.attrs[evaluations.MARK]
     assert train_anew(7.0, 8.0, 9.0)["recorder"] == 7.0
 
 

@@ -3,20 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 from keras_mscm import DiffusionModel, MultistepConsistencyModel
-
-
-@keras.saving.register_keras_serializable(package="tests_models")
-class MaskedMean(keras.layers.Layer):
-    """The mean of the vectors of a sequence that count; 0 if none does."""
-
-    def call(self, inputs):
-        sequence, mask = inputs
-        mask = ops.cast(mask, sequence.dtype)[..., None]
-        count = ops.maximum(ops.sum(mask, axis=1), 1.0)
-        return ops.sum(sequence * mask, axis=1) / count
+from tests.dense import MaskedMean
 
 
 @pytest.fixture
