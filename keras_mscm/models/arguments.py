@@ -192,6 +192,16 @@ def check_droppable(
             )
 
 
+def symbolic_inputs(model: Any) -> dict[str, keras.KerasTensor]:
+    """The network's inputs without values, for a batch of any size."""
+    times = ["logsnr", "logsnr_end"][: 1 + model.takes_logsnr_end]
+    return {
+        "z": keras.KerasTensor((None, *model.space.shape), "float32"),
+        **{k: keras.KerasTensor((None,), "float32") for k in times},
+        **{k: c.symbolic() for k, c in model.conditioning.items()},
+    }
+
+
 def check_network(
     network: keras.Layer, space: Space, inputs: dict[str, keras.KerasTensor]
 ) -> None:

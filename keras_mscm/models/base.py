@@ -147,7 +147,6 @@ class DenoisingModel(keras.Model):
         self.ema_half_life, self.seed = ema_half_life, checked.seed
         self.seed_generator = backend.seed_generator(self.seed)
         self._compiled_samplers: dict[tuple, Callable] = {}
-        # The codec of latents is part of the model's state, untrained.
         for codec in (space.encoder, space.decoder):
             if codec is not None:
                 codec.trainable = False
@@ -185,15 +184,6 @@ class DenoisingModel(keras.Model):
         """Whether its network may be told where its prediction is to lead."""
         return arguments.takes_logsnr_end(self.network)
 
-    def symbolic_inputs(self) -> dict[str, keras.KerasTensor]:
-        """The network's inputs without values, for a batch of any size."""
-        times = ["logsnr", "logsnr_end"][: 1 + self.takes_logsnr_end]
-        return {
-            "z": keras.KerasTensor((None, *self.space.shape), "float32"),
-            **{k: keras.KerasTensor((None,), "float32") for k in times},
-            **{k: c.symbolic() for k, c in self.conditioning.items()},
-        }
-
     # Methods that have a file of their own.
 
     compile = fitting.compile_model
@@ -208,6 +198,7 @@ class DenoisingModel(keras.Model):
     save_lora, load_lora = saving.save_lora, saving.load_lora
     merged_network = saving.merged_network
     check_guidable = arguments.check_guidable
+    symbolic_inputs = arguments.symbolic_inputs
     save_own_variables = saving.save_own_variables
     load_own_variables = saving.load_own_variables
     from_config = classmethod(saving.from_config)
@@ -292,18 +283,16 @@ class DenoisingModel(keras.Model):
         self, inputs: dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
         names = sorted(["logsnr", "z", *self.conditioning])
-        end = None
-        if isinstance(inputs, dict) and self.takes_logsnr_end:
-            inputs = dict(inputs)
-            end = inputs.pop("logsnr_end", None)
-        if not isinstance(inputs, dict) or sorted(inputs) != names:
-            came = sorted(inputs) if isinstance(inputs, dict) else type(inputs)
+        further = {"logsnr_end"} if self.takes_logsnr_end else set()
+        if not isinstance(inputs, dict) or {*inputs} - further != {*names}:
+            came = [*inputs] if isinstance(inputs, dict) else type(inputs)
             raise ValueError(
                 f"`inputs` must be a dictionary of {names}. Received: {came}"
             )
         given = {name: inputs[name] for name in self.conditioning}
         network = self.network if training else self.ema_network
         z, logsnr = inputs["z"], inputs["logsnr"]
+        end = inputs.get("logsnr_end")
         return self.denoise(network, z, logsnr, given, bool(training), end)
 
     # Training: one step for every algorithm.

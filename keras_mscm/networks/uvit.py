@@ -1,6 +1,5 @@
 """The UViT of *simple diffusion* (Hoogeboom et al., 2023; appendix A.1)."""
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, Self
@@ -11,6 +10,7 @@ from keras import ops
 from keras_mscm import backend, checks, preset_files
 from keras_mscm.conditioning import Condition, standard
 from keras_mscm.functional.process import Tensor
+from keras_mscm.networks import cost
 from keras_mscm.networks.arguments import (
     MAX_CLASSES,
     MAX_RATIO,
@@ -28,6 +28,7 @@ from keras_mscm.networks.arguments import (
 )
 from keras_mscm.networks.context import ContextEmbedding
 from keras_mscm.networks.dropout import seeds_apart
+from keras_mscm.networks.end import embed_end
 from keras_mscm.networks.layers import (
     NoiseLevelEmbedding,
     PositionEmbedding,
@@ -138,8 +139,7 @@ class UViT(keras.Model):
         end_embedding: bool = False,
         **kwargs: Any,
     ):
-        # Each layer casts for itself, because the log-SNR must stay float32
-        # until it is embedded.
+        # Each layer casts for itself, as log-SNR stays float32 until embedded.
         super().__init__(autocast=False, **kwargs)
         self.widths = check_widths("widths", widths)
         stages = len(self.widths)
@@ -234,18 +234,7 @@ class UViT(keras.Model):
         is added to that of the noise level; it begins at zero, so that the
         network predicts as before until it is trained.
         """
-        if self.embed_end is not None:
-            return
-        # A built layer is locked, as Keras' own `enable_lora` finds it too.
-        self._tracker.unlock()
-        self.embed_end = NoiseLevelEmbedding(
-            self.embedding_width,
-            begins_at_zero=True,
-            dtype=self.dtype_policy,
-            name="embed_end",
-        )
-        self._tracker.lock()
-        self.embed_end.build((None,))
+        embed_end(self, self.embedding_width, self.dtype_policy)
 
     @property
     def takes_logsnr_end(self) -> bool:
@@ -257,7 +246,7 @@ class UViT(keras.Model):
             return
         p, channels = self.patch_size, self.image_shape[-1]
         embedding = (None, self.embedding_width)
-        maps = [(None, *sides, c) for sides, c in zip(self._sides, self.widths)]
+        maps = [(None, *sides, c) for sides, c in zip(self.sides, self.widths)]
         context: list[tuple] = []
         self.embed_noise.build((None,))
         if self.embed_label:
@@ -276,7 +265,7 @@ class UViT(keras.Model):
         for i, position in enumerate(self.positions):
             if position:
                 position.build(maps[i])
-        for stage, blocks in self._stages():
+        for stage, blocks in self.stages():
             attends = self.attention[stage]
             conditions = [embedding, *context] if attends else [embedding]
             for block in blocks:
@@ -289,13 +278,13 @@ class UViT(keras.Model):
         return standard(self.num_classes, self.context_width)
 
     @property
-    def _sides(self) -> list[tuple[int, int]]:
+    def sides(self) -> list[tuple[int, int]]:
         """Height and width of each stage's feature maps."""
         height, width, _ = self.image_shape
         scales = [self.patch_size * 2**i for i in range(len(self.widths))]
         return [(height // scale, width // scale) for scale in scales]
 
-    def _stages(self) -> list[tuple[int, list]]:
+    def stages(self) -> list[tuple[int, list]]:
         """Number and blocks of each stage, down, in the middle and up."""
         middle = len(self.down)
         return [
@@ -354,40 +343,7 @@ class UViT(keras.Model):
         position = self.positions[stage]
         return position(maps) if position else maps
 
-    def flops(self, context_length: int = 128) -> int:
-        """FLOPs of one forward pass for one image.
-
-        A multiplication and its addition are two. Dense layers, convolutions
-        and attention are counted, which is nearly all.
-
-        Args:
-            context_length: Tokens of the context, where there is one.
-
-        Returns:
-            Number of floating-point operations.
-
-        Raises:
-            ValueError: If `context_length` isn't an integer of at least 0.
-        """
-        context_length = checks.check_integer(
-            "context_length", context_length, 0
-        )
-        pixels = math.prod(self.image_shape) * self.widths[0]
-        flops = self.embed_noise.flops() + 4 * pixels  # entry and exit
-        length = 0
-        if self.embed_end:
-            flops += self.embed_end.flops()
-        if self.embed_context:
-            flops += self.embed_context.flops()
-            length = context_length + 1  # the null token
-        for stage, blocks in self._stages():
-            sides = self._sides[stage]
-            extra = [length] if self.attention[stage] else []
-            flops += sum(block.flops(*sides, *extra) for block in blocks)
-        for i, (widen, narrow) in enumerate(zip(self.widen, self.narrow)):
-            for dense in (widen, narrow):
-                flops += 2 * math.prod(self._sides[i + 1] + dense.kernel.shape)
-        return flops
+    flops = cost.flops
 
     @classmethod
     def from_preset(

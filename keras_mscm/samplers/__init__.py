@@ -3,8 +3,8 @@
 Each is called as `sampler(denoise, noise, schedule, num_steps, seed)`.
 `denoise(z, logsnr)` predicts `x` from images `(batch, ...)` at log-SNR
 `(batch,)`. `num_steps` may be a tensor: the loop is then compiled once for
-every number of steps. It may be the times of uneven steps, too. With `start` below 1 it begins with noisy images at that
-time instead of noise, as editing does.
+every number of steps. Uneven steps are given by their times. With `start` below
+1 it begins with noisy images at that time instead of noise, as editing does.
 
 A sampler whose step depends on `z_t` alone, and not on chance, is an
 integrator of the probability flow as well: its `step_x` says with which `x`
