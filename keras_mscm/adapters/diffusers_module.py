@@ -132,6 +132,11 @@ class DiffusersModule(TorchModule):
         self, name: str, change: Callable[[Any], Any]
     ) -> Iterator[None]:
         """As of any module, outside of what is computed again."""
+        with super().changed(name, lambda output: change(self._once(output))):
+            yield
+
+    def _once(self, output: Any) -> Any:
+        """Raises if a part's output is computed again for the gradient."""
         again = getattr(self.module, "is_gradient_checkpointing", False)
         if again and self.library_class == "DiTTransformer2DModel":
             raise ValueError(
@@ -140,8 +145,7 @@ class DiffusersModule(TorchModule):
                 "DiT embeds time, to which a step's end is added. Received: "
                 "gradient checkpointing"
             )
-        with super().changed(name, change):
-            yield
+        return output
 
     def _give(self, new: Any) -> None:
         new.library_class = self.library_class

@@ -28,6 +28,7 @@ from keras_mscm.adapters.diffusers import from_diffusers
 from keras_mscm.adapters.diffusers_module import CALLED, DiffusersModule
 from keras_mscm.adapters.diffusers_scheduler import scheduler_grid
 from keras_mscm.preset_files import untrusted
+from tests.adapters.tiny import check_several_steps
 
 UNET = dict(
     sample_size=8,
@@ -333,6 +334,25 @@ def test_student_of_a_guided_teacher(method, tmp_path):
         student.generate(conditioning=context, noise=noise, seed=0),
         again.generate(conditioning=context, noise=noise, seed=0),
     )
+
+
+@pytest.mark.parametrize("case", ["classes", "sdxl", "dit", "sd3"])
+def test_a_student_of_several_numbers_of_steps(case, tmp_path):
+    name, config, scheduler = CASES[case]
+    network = network_of(name, **config)
+    space = spaces.Box((8, 8, network.config.in_channels))
+    model = from_diffusers(network, scheduler, space=space)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, *space.shape)).astype("float32")
+    check_several_steps(model, x, given(model), tmp_path)
+
+
+def test_blocks_of_dit_that_are_computed_again_are_refused():
+    network = network_of("DiTTransformer2DModel")
+    network.enable_gradient_checkpointing()
+    model = from_diffusers(network, unclipped())
+    with pytest.raises(ValueError, match="`network` must not compute"):
+        model.network.take_logsnr_end()
 
 
 def test_guidance_is_diffusers():

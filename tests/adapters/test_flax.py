@@ -11,6 +11,7 @@ from keras_mscm import (
     samplers,
 )
 from keras_mscm.schedules import CosineSchedule
+from tests.adapters.tiny import check_several_steps
 
 if backend.NAME != "jax":
     pytest.skip(
@@ -33,6 +34,41 @@ SHAPE = (4, 4, 2)
 def features(x, t):
     t = jnp.broadcast_to(t[:, None, None, None], (*x.shape[:-1], 1))
     return jnp.concatenate([x, t.astype(x.dtype)], -1)
+
+
+class LinenTime(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, t):
+        return nn.Dense(self.width)(jnp.tanh(t)[:, None])
+
+
+class LinenTimed(nn.Module):
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x, t, labels=None):
+        h = (
+            nn.Dense(self.width)(x)
+            + nn.Embed(4, self.width)(labels)[:, None, None]
+        )
+        h = h + LinenTime(self.width, name="time")(t)[:, None, None]
+        return nn.Dense(2)(nn.silu(h))
+
+
+class NnxTimed(nnx.Module):
+    def __init__(self, width=8):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(2, width, rngs=rngs)
+        self.time = nnx.Linear(1, width, rngs=rngs)
+        self.embed = nnx.Embed(4, width, rngs=rngs)
+        self.last = nnx.Linear(width, 2, rngs=rngs)
+
+    def __call__(self, x, t, labels=None):
+        h = self.first(x) + self.embed(labels)[:, None, None]
+        h = h + self.time(jnp.tanh(t)[:, None])[:, None, None]
+        return self.last(nnx.silu(h))
 
 
 class Linen(nn.Module):
@@ -77,13 +113,28 @@ def make_nnx(**arguments):
     return Nnx(**arguments)
 
 
-MAKE = {"linen": make_linen, "nnx": make_nnx}
-both = pytest.mark.parametrize("kind", [*MAKE])
+@keras.saving.register_keras_serializable("test_flax")
+def make_linen_timed(**arguments):
+    return LinenTimed(**arguments)
+
+
+@keras.saving.register_keras_serializable("test_flax")
+def make_nnx_timed(**arguments):
+    return NnxTimed(**arguments)
+
+
+MAKE = {
+    "linen": make_linen,
+    "nnx": make_nnx,
+    "linen_timed": make_linen_timed,
+    "nnx_timed": make_nnx_timed,
+}
+both = pytest.mark.parametrize("kind", ["linen", "nnx"])
 
 
 def foreign(kind, **arguments):
     module = MAKE[kind](**arguments)
-    if kind == "nnx":
+    if kind.startswith("nnx"):
         return (module,)
     x, t = jnp.zeros((1, *SHAPE)), jnp.zeros(1)
     labels = jnp.zeros(1, "int32")
@@ -97,7 +148,8 @@ def layer_of(kind, arguments=None, **kwargs):
 
 def model_of(kind, arguments=None, **kwargs):
     keras.utils.set_random_seed(0)
-    adapt = from_flax_linen if kind == "linen" else from_flax_nnx
+    linen = kind.startswith("linen")
+    adapt = from_flax_linen if linen else from_flax_nnx
     parts = foreign(kind, **(arguments or {}))
     kwargs.setdefault("ema_decay", 0.0)
     model = adapt(
@@ -272,6 +324,21 @@ def test_fit_and_distil(kind):
         np.testing.assert_array_equal(old, new)
     trained = zip(teacher, arrays(student.network))
     assert any(np.any(old != new) for old, new in trained)
+
+
+@both
+def test_a_student_of_several_numbers_of_steps(kind, tmp_path):
+    model = model_of(f"{kind}_timed", time_embedding="time")
+    images, labels = data(2)
+    check_several_steps(model, images, {"labels": labels}, tmp_path)
+
+
+@both
+def test_what_is_no_time_embedding_is_refused(kind):
+    for name in ("nothing", "first" if kind == "nnx" else "Dense_0"):
+        model = model_of(f"{kind}_timed", time_embedding=name)
+        with pytest.raises(ValueError, match="`time_embedding` must name a"):
+            model.network.take_logsnr_end()
 
 
 @both

@@ -13,7 +13,13 @@ from keras_cv.src.models.stable_diffusion import (
 from keras_mscm import MultistepConsistencyModel
 from keras_mscm.adapters.keras_cv import from_keras_cv, stable_diffusion_grid
 from keras_mscm.adapters.prompts import encode_prompts
-from tests.adapters.tiny import check_student, difference, perturb, sampled
+from tests.adapters.tiny import (
+    check_several_steps,
+    check_student,
+    difference,
+    perturb,
+    sampled,
+)
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.standard_normal((2, 16, 16, 4)).astype("float32")
@@ -156,6 +162,10 @@ def test_a_student_begins_with_its_weights_and_learns(model):
     }
     assert difference(student.network(inputs), model.network(inputs)) == 0
     check_student(student, NOISE, {"context": CONTEXT})
+
+
+def test_a_student_of_several_numbers_of_steps(model):
+    check_several_steps(model, NOISE, {"context": CONTEXT})
 
 
 def test_saved_and_loaded_it_samples_the_same(model, tmp_path):

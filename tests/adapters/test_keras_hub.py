@@ -13,7 +13,13 @@ from keras_mscm.adapters.keras_hub import (
     stable_diffusion_3_grid,
 )
 from keras_mscm.adapters.prompts import encode_prompts
-from tests.adapters.tiny import check_student, difference, perturb, sampled
+from tests.adapters.tiny import (
+    check_several_steps,
+    check_student,
+    difference,
+    perturb,
+    sampled,
+)
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.standard_normal((2, 8, 8, 16)).astype("float32")
@@ -155,6 +161,11 @@ def test_a_student_begins_with_its_weights_and_learns(core, model):
     check_student(student, NOISE, encode_prompts(core, PROMPTS))
 
 
+def test_a_student_of_several_numbers_of_steps(core, model):
+    y = encode_prompts(core, PROMPTS)
+    check_several_steps(model, NOISE, y, guidance_scale=3.0)
+
+
 def test_saved_and_loaded_it_samples_the_same(core, model, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -248,6 +259,17 @@ def test_flux_is_eulers_method_on_its_own_velocity():
             conditioning={"context": context, "pooled": pooled},
         )
         assert difference(ours, z) < 1e-4
+
+
+def test_flux_has_a_student_of_several_numbers_of_steps():
+    core = flux(guidance_embed=True)
+    perturb(core, 0.1)
+    model = from_keras_hub(core, guidance=3.5, grid=(2, 3))
+    x, context, pooled = (
+        RNG.standard_normal((2, *shape)).astype("float32")
+        for shape in ((6, 64), (5, 8), (7,))
+    )
+    check_several_steps(model, x, {"context": context, "pooled": pooled})
 
 
 def test_what_is_lacking_is_said(core):

@@ -7,7 +7,13 @@ from keras import layers, ops
 
 from keras_mscm import MultistepConsistencyModel, backend
 from keras_mscm.adapters.keras_io import from_keras_io_ddim, offset_cosine
-from tests.adapters.tiny import check_student, difference, perturb, sampled
+from tests.adapters.tiny import (
+    check_several_steps,
+    check_student,
+    difference,
+    perturb,
+    sampled,
+)
 
 SHAPE = (8, 8, 3)
 NOISE = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype("float32")
@@ -142,6 +148,13 @@ def test_a_student_begins_with_its_weights_and_learns(network, normalizer):
     }
     assert difference(student.network(inputs), model.network(inputs)) == 0
     check_student(student, np.clip(NOISE, -1, 1), None)
+
+
+def test_a_student_of_several_numbers_of_steps(network, tmp_path):
+    model = from_keras_io_ddim(network)
+    check_several_steps(model, np.clip(NOISE, -1, 1), None, tmp_path)
+    embeds = network.get_layer(model.network.time_embedding)
+    assert isinstance(embeds, layers.Lambda)
 
 
 def test_saved_and_loaded_it_samples_the_same(network, normalizer, tmp_path):
