@@ -23,9 +23,9 @@ Written by `KERAS_BACKEND=jax python -m benchmarks.any_step` ({when}).
 Digits, 8x8; batches of 64; teacher, judge and noise as in
 [benchmarks/digits](../digits/table.md). Fréchet distance over the best of the
 teacher of the same seed, 3,000 samples: the mean over the seeds (least to
-most). "One student" draws K evenly from 1, 2, 4, 8, 16 and is told the segment's
-end; "any times" draws ends from the teacher's whole grid; "separate" are five
-students, each with the iterations of its line."""
+most). "One student" draws K evenly from 1, 2, 4, 8, 16, and is told where
+segments end; of "any times" they end anywhere on the teacher's grid; "separate"
+are five students, each with the iterations of its line."""
 
 
 def kind(row):
