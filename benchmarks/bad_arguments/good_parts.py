@@ -110,7 +110,7 @@ def parts(w: World) -> Iterator[Entry]:
     )
     for name in (
         *("DDIM", "ADDIM", "Heun", "NoisyDDIM", "DDPM"),
-        "DPMSolverMultistep",
+        *("DPMSolverMultistep", "Renoise"),
     ):
         use = None if name in ("ADDIM", "NoisyDDIM") else _samples
         yield entry_of(f"samplers.{name}", getattr(samplers, name), use=use)
