@@ -26,6 +26,7 @@ from keras_mscm.models import (
     MeanFlowModel,
     MultistepConsistencyModel,
     ProgressiveDistillationModel,
+    ShortcutModel,
 )
 from keras_mscm.networks.uvit import UViT
 
@@ -42,6 +43,7 @@ __all__ = [
     "MeanFlowModel",
     "MultistepConsistencyModel",
     "ProgressiveDistillationModel",
+    "ShortcutModel",
     "UViT",
     "adapters",
     "callbacks",

@@ -12,6 +12,7 @@ from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
 from keras_mscm.models.progressive_distillation import (
     ProgressiveDistillationModel,
 )
+from keras_mscm.models.shortcut import ShortcutModel
 
 __all__ = [
     "ConsistencyTuningModel",
@@ -22,4 +23,5 @@ __all__ = [
     "MeanFlowModel",
     "MultistepConsistencyModel",
     "ProgressiveDistillationModel",
+    "ShortcutModel",
 ]
