@@ -25,6 +25,7 @@ from keras_mscm.models import (
     GuidanceDistillationModel,
     MeanFlowModel,
     MultistepConsistencyModel,
+    PeRFlowModel,
     ProgressiveDistillationModel,
     ShortcutModel,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "GuidanceDistillationModel",
     "MeanFlowModel",
     "MultistepConsistencyModel",
+    "PeRFlowModel",
     "ProgressiveDistillationModel",
     "ShortcutModel",
     "UViT",

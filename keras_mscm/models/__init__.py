@@ -9,6 +9,7 @@ from keras_mscm.models.diffusion import DiffusionModel
 from keras_mscm.models.guidance_distillation import GuidanceDistillationModel
 from keras_mscm.models.mean_flow import MeanFlowModel
 from keras_mscm.models.multistep_consistency import MultistepConsistencyModel
+from keras_mscm.models.perflow import PeRFlowModel
 from keras_mscm.models.progressive_distillation import (
     ProgressiveDistillationModel,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "GuidanceDistillationModel",
     "MeanFlowModel",
     "MultistepConsistencyModel",
+    "PeRFlowModel",
     "ProgressiveDistillationModel",
     "ShortcutModel",
 ]
