@@ -236,6 +236,122 @@ def test_what_cannot_be_made_anew_says_so():
         AdaptedNetwork(Needs(object()), SHAPE).clone()
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Timed(keras.Layer):
+    """Embeds time in a layer of its own, whose name is Keras' choice."""
+
+    def build(self, input_shape):
+        self.time = keras.layers.Dense(8, dtype=self.dtype_policy)
+        self.first = keras.layers.Dense(8, dtype=self.dtype_policy)
+        self.last = keras.layers.Dense(3, dtype=self.dtype_policy)
+        self.time.build((None, 1))
+        self.first.build((None, *SHAPE))
+        self.last.build((None, SHAPE[0], 8))
+
+    def call(self, inputs):
+        time = self.time(inputs["logsnr"][:, None])[:, None]
+        return self.last(ops.tanh(self.first(inputs["z"]) + time))
+
+
+def timed(**arguments):
+    dtype = arguments.pop("dtype", None)
+    return AdaptedNetwork(Timed(dtype=dtype), SHAPE, **arguments)
+
+
+def told_ends(network, *ends):
+    """What a network says at each end, in numbers."""
+    inputs = {"z": INPUTS["z"], "logsnr": INPUTS["logsnr"]}
+    said = [network({**inputs, "logsnr_end": np.full(2, end)}) for end in ends]
+    return [ops.convert_to_numpy(value) for value in (network(inputs), *said)]
+
+
+def learnt(network):
+    """Lets a network be told an end, as if it had been trained with it."""
+    network.take_logsnr_end()
+    rng = np.random.default_rng(5)
+    for weight in network.embed_end.weights:
+        weight.assign(rng.standard_normal(weight.shape))
+    return network
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_the_end_is_added_to_the_embedding_of_time(dtype):
+    network = timed(time_embedding="time", dtype=dtype)
+    assert not network.takes_logsnr_end
+    plain, ignored = told_ends(network, 3.0)
+    np.testing.assert_array_equal(plain, ignored)
+    network.take_logsnr_end()
+    network.take_logsnr_end()  # once more changes nothing
+    assert network.takes_logsnr_end
+    for same in told_ends(network, -2.0, 3.0):
+        np.testing.assert_array_equal(same, plain)
+
+    same, far, near = told_ends(learnt(network), -2.0, 3.0)
+    np.testing.assert_array_equal(same, plain)
+    foreign = network.network
+    for said, end in ((far, -2.0), (near, 3.0)):
+        embedded = network.embed_end(np.full(2, end, "float32"))
+        embedded = ops.convert_to_numpy(embedded)
+        time = foreign.time(np.float32(INPUTS["logsnr"])[:, None])
+        time = ops.convert_to_numpy(ops.cast(time, "float32")) + embedded
+        hidden = foreign.first(np.float32(INPUTS["z"]))
+        hidden = ops.convert_to_numpy(ops.cast(hidden, "float32"))
+        hidden = np.tanh(hidden + time[:, None])
+        expected = foreign.last(hidden.astype("float32"))
+        expected = ops.convert_to_numpy(ops.cast(expected, "float32"))
+        limit = 1e-5 if dtype == "float32" else 0.05
+        np.testing.assert_allclose(said, expected, atol=limit)
+    assert "call" not in vars(foreign.time)
+
+
+def test_the_end_is_added_to_time_that_is_embedded_outside():
+    network = learnt(AdaptedNetwork(Foreign("logsnr"), SHAPE, time_width=6))
+    assert network.embed_end.width == 6
+    plain, said = told_ends(network, 2.0)
+    embedded = network.embed_end(np.full(2, 2.0, "float32"))
+    embedded = ops.convert_to_numpy(embedded)[..., None]
+    np.testing.assert_allclose(said - plain, embedded + 0 * said, atol=1e-5)
+
+
+def test_a_network_that_is_told_an_end_is_copied_and_saved(tmp_path):
+    plain = timed(time_embedding="time")
+    assert "end_width" not in plain.get_config()
+    assert "time_embedding" not in timed().get_config()
+    network = learnt(plain)
+    network.save(tmp_path / "network.keras")
+    loaded = keras.models.load_model(tmp_path / "network.keras")
+    for other in (network.clone(), loaded):
+        assert [w.shape for w in other.weights] == [
+            w.shape for w in network.weights
+        ]
+        for ours, theirs in zip(
+            told_ends(other, -2.0, 3.0), told_ends(network, -2.0, 3.0)
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_network_that_cannot_be_told_an_end_says_why():
+    with pytest.raises(ValueError, match="`time_embedding` must be given"):
+        timed().take_logsnr_end()
+    with pytest.raises(ValueError, match="`time_embedding` must be given"):
+        timed(end_width=8)
+    with pytest.raises(ValueError, match="`end_width` must be an even"):
+        timed(time_embedding="time", end_width=7)
+    for name in ("clock", "first.dense", ""):
+        with pytest.raises(ValueError, match="`time_embedding` must"):
+            timed(time_embedding=name)
+    with pytest.raises(ValueError, match="a vector for each example"):
+        timed(time_embedding="first").take_logsnr_end()
+    odd = AdaptedNetwork(
+        Foreign("dense"),
+        SHAPE,
+        names={"logsnr": "time"},
+        time_embedding="dense",
+    )
+    with pytest.raises(ValueError, match="`time_embedding` must"):
+        odd.take_logsnr_end()
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
