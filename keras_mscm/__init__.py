@@ -28,6 +28,7 @@ from keras_mscm.models import (
     PeRFlowModel,
     ProgressiveDistillationModel,
     ShortcutModel,
+    TractModel,
 )
 from keras_mscm.networks.uvit import UViT
 
@@ -46,6 +47,7 @@ __all__ = [
     "PeRFlowModel",
     "ProgressiveDistillationModel",
     "ShortcutModel",
+    "TractModel",
     "UViT",
     "adapters",
     "callbacks",

@@ -14,6 +14,7 @@ from keras_mscm.models.progressive_distillation import (
     ProgressiveDistillationModel,
 )
 from keras_mscm.models.shortcut import ShortcutModel
+from keras_mscm.models.tract import TractModel
 
 __all__ = [
     "ConsistencyTuningModel",
@@ -26,4 +27,5 @@ __all__ = [
     "PeRFlowModel",
     "ProgressiveDistillationModel",
     "ShortcutModel",
+    "TractModel",
 ]

@@ -142,8 +142,10 @@ def clone_network(
         clone = network.clone()
         clone.name = name
     else:
-        config = {**network.get_config(), "name": name, "trainable": True}
-        clone = type(network).from_config(config)
+        config = _unshared(network.get_config())
+        clone = type(network).from_config(
+            {**config, "name": name, "trainable": True}
+        )
     if not clone.built:
         # Called, as the network was: Keras' `build_from_config` can't always.
         clone(inputs)
@@ -158,6 +160,20 @@ def clone_network(
         # A copy: JAX gives buffers away, and these two must not share one.
         ours.assign(ops.copy(theirs.value))
     return clone
+
+
+def _unshared(config: Any) -> Any:
+    """A configuration of new objects, whatever has been made of it before.
+
+    While it loads a file, Keras marks what it serialises more than once, and
+    would give a second clone the first one's layers.
+    """
+    if isinstance(config, dict):
+        kept = {k: v for k, v in config.items() if k != "shared_object_id"}
+        return {k: _unshared(v) for k, v in kept.items()}
+    if isinstance(config, list):
+        return [_unshared(each) for each in config]
+    return config
 
 
 def pairs(

@@ -11,10 +11,9 @@ from keras_mscm import functional as F
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import distillation
+from keras_mscm.models import stages as stages_of
 from keras_mscm.models.base import DenoisingModel, Example
 from keras_mscm.models.distillation import DEFAULT_ETA
-from keras_mscm.models.moving_average import AveragedWeights, clone_network
-from keras_mscm.teachers import FrozenNetwork
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -98,43 +97,17 @@ class ProgressiveDistillationModel(DenoisingModel):
                 "2, 4, 8 or another power of 2. Received: teacher_steps="
                 f"{teacher_steps}"
             )
-        checks.check_number(
-            "guidance_scale",
-            kwargs.pop("guidance_scale", 1.0),
-            1,
-            "1, because after the first stage the teacher is a student, which "
-            "would be guided again; distil the guided teacher by a "
-            "`GuidanceDistillationModel` first",
-            high=1,
-        )
-        checks.check_choice("ema", kwargs.get("ema", "auto"), ("auto",))
-        if kwargs.get("lora_rank") is not None:
-            raise checks.invalid(
-                "lora_rank",
-                "None, because each stage's teacher is the whole network",
-                kwargs["lora_rank"],
-            )
         of_step = distillation.check_teacher_step(integrator, eta, x_var)
-        super().__init__(network, schedule, **kwargs)
-        if isinstance(self.ema_network, AveragedWeights):
-            raise ValueError(
-                "`network` must not have LoRA enabled, because each stage's "
-                "teacher is the whole network. Received: one that has"
-            )
+        super().__init__(network, schedule, **stages_of.check(kwargs))
         self.student_steps = student_steps
         self.integrator, self.eta, self.x_var = of_step
         self.teacher_steps, self.stages = teacher_steps, int(stages)
         self.iterations_per_stage = iterations_per_stage
-        self.teacher = FrozenNetwork(name="teacher")
-        self.teacher.hold(
-            clone_network(network, "teacher_network", self.symbolic_inputs()),
-            self.prediction_type,
-        )
+        self.teacher = stages_of.hold_first(self)
 
     def stage(self) -> Tensor:
         """The present stage, an integer scalar from 0."""
-        done = self.iteration.value // self.iterations_per_stage
-        return ops.minimum(done, self.stages - 1)
+        return stages_of.present(self)
 
     def stage_steps(self) -> Tensor:
         """The student's number of steps in the present stage, a scalar."""
@@ -202,21 +175,8 @@ class ProgressiveDistillationModel(DenoisingModel):
 
     def _after_update(self, before: Tensor, batch: Tensor) -> None:
         super()._after_update(before, batch)
-        i = self.iteration.value
-        ends = ops.logical_and(
-            i % self.iterations_per_stage == 0,
-            i < self.stages * self.iterations_per_stage,
-        )
-        # Of the batches of a gradient accumulation only the last updates.
-        ends = ops.logical_and(ends, self.optimizer.iterations > before)
-        for average, *others in zip(
-            self.ema_network.weights,
-            self.network.weights,
-            self.teacher.network.weights,
-            strict=True,
-        ):
-            for other in others:
-                other.assign(ops.where(ends, average.value, other.value))
+        others = [self.network, self.teacher.network]
+        stages_of.after_update(self, before, others)
 
     def get_config(self) -> dict[str, Any]:
         return {
