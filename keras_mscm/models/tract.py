@@ -11,7 +11,7 @@ from keras_mscm import checks, losses, weightings
 from keras_mscm import functional as F
 from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.process import Tensor
-from keras_mscm.models import distillation, moving_average
+from keras_mscm.models import arguments, distillation, moving_average
 from keras_mscm.models import stages as stages_of
 from keras_mscm.models.base import DenoisingModel, Example
 
@@ -85,7 +85,7 @@ class TractModel(DenoisingModel):
             "iterations_per_stage", iterations_per_stage
         )
         self_decay = checks.check_number(
-            "self_decay", self_decay, 0, "in [0, 1)", 1 - 1e-6
+            "self_decay", self_decay, 0, "in [0, 1)", arguments.BELOW_1
         )
         super().__init__(network, schedule, **stages_of.check(kwargs))
         self.steps, self.stages = steps, len(steps) - 1
