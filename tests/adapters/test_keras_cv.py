@@ -31,10 +31,12 @@ def tiny_network():
     latent = keras.Input((16, 16, 4), name="latent")
     time = keras.Input((320,), name="timestep_embedding")
     context = keras.Input((77, 8), name="context")
-    embedded = layers.Activation("swish")(layers.Dense(32)(time))
-    x = diffusion_model.PaddedConv2D(32, kernel_size=3, padding=1)(latent)
-    x = diffusion_model.ResBlock(32)([x, embedded])
-    x = diffusion_model.SpatialTransformer(2, 16, fully_connected=False)(
+    embedded = layers.Activation("swish")(layers.Dense(64)(time))
+    # Twice as wide as the normalisation has groups, which takes off what time
+    # adds to a channel that is alone in its group.
+    x = diffusion_model.PaddedConv2D(64, kernel_size=3, padding=1)(latent)
+    x = diffusion_model.ResBlock(64)([x, embedded])
+    x = diffusion_model.SpatialTransformer(2, 32, fully_connected=False)(
         [x, context]
     )
     x = layers.Activation("swish")(layers.GroupNormalization(epsilon=1e-5)(x))
