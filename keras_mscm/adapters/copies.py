@@ -39,6 +39,10 @@ def clone_of(network: keras.Layer) -> keras.Layer:
         clone = type(network).from_config(network.get_config())
         if not clone.built:
             clone.build_from_config(network.get_build_config())
+        pairs = zip(clone._flatten_layers(), network._flatten_layers())
+        for ours, theirs in pairs:
+            # Of some of KerasHub's layers only the parts are ever called.
+            ours.built = ours.built or theirs.built
     except Exception as error:  # because it is anybody's class
         raise ValueError(
             "`network` must be one that can be made anew, by `get_config` and "
