@@ -47,6 +47,12 @@ DOMAINS: dict[str, Domain] = {
     "guidance": _number(-math.inf),
     "time_axes": _integer(0, 8),
     "shift": _number(1e-6, 1e6),
+    "noise_mean": _number(-40, 40),
+    "noise_std": _number(1e-3, 40),
+    "gap_divisor": _number(1.01, 2**2.5),  # with stages=8
+    "stages": _integer(0, 20),
+    "self_decay": _number(0, _below_1),
+    "bootstrap_every": _integer(2),
     "min_signal_rate": _number(1e-6, 1 - 1e-6),
     "max_signal_rate": _number(1e-6, 1 - 1e-6),
     # No conditioning is a conditioning.
@@ -82,6 +88,7 @@ DOMAINS: dict[str, Domain] = {
     "context": ARRAYS,
     "context_mask": ARRAYS,
     "noise": ARRAYS,
+    "times": ARRAYS,
     "x": _kinds("array"),
     "y": DATA,
     "split": TEXT,
@@ -128,6 +135,14 @@ SPECIAL: dict[tuple[str, str], Domain] = {
     ("samplers.Sampler.__call__", "schedule"): _kinds("function"),
     ("samplers.Sampler.__call__", "num_steps"): _integer(1, 2**24, "array"),
     ("Generator", "sampler"): _kinds("function"),
+    **{
+        ("TractModel" + method, "steps"): _kinds("list", parts=_integer(1))
+        for method in ("", ".from_teacher")
+    },
+    **{
+        ("ShortcutModel" + method, "most_steps"): _integer(2, 4096)
+        for method in ("", ".from_teacher")
+    },
     ("variance.MeasuredVariance", "table"): _kinds("list", parts=_number(0)),
     ("datasets.emoji", "background"): _kinds(
         "str", "list", parts=_integer(0, 255), length=3

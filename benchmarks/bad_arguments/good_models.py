@@ -11,10 +11,16 @@ from benchmarks.bad_arguments.domains import (
 from benchmarks.bad_arguments.public_api import Entry, entry_of, method_of
 from benchmarks.bad_arguments.world import Plain, World
 from keras_mscm import (
+    ConsistencyTuningModel,
+    ContinuousConsistencyModel,
     DiffusionModel,
     GuidanceDistillationModel,
+    MeanFlowModel,
     MultistepConsistencyModel,
+    PeRFlowModel,
     ProgressiveDistillationModel,
+    ShortcutModel,
+    TractModel,
 )
 
 
@@ -28,6 +34,16 @@ def models(w: World) -> Iterator[Entry]:
         ("GuidanceDistillationModel", GuidanceDistillationModel, w.of_plain),
         ("MultistepConsistencyModel", students[0], steps),
         ("ProgressiveDistillationModel", students[1], stages),
+        ("ConsistencyTuningModel", ConsistencyTuningModel, w.of_plain),
+        (
+            "ContinuousConsistencyModel",
+            ContinuousConsistencyModel,
+            w.of_plain,
+        ),
+        ("MeanFlowModel", MeanFlowModel, w.of_told),
+        ("PeRFlowModel", PeRFlowModel, w.of_plain),
+        ("ShortcutModel", ShortcutModel, w.of_told),
+        ("TractModel", TractModel, w.of_plain),
     ):
         yield entry_of(name, cls, good)
     yield from _of_all(w)
@@ -87,6 +103,11 @@ def _of_students(w: World) -> Iterator[Entry]:
     for cls, make, more in (
         (GuidanceDistillationModel, lambda: w.guided, {}),
         (MultistepConsistencyModel, lambda: w.student, {"student_steps": 2}),
+        (PeRFlowModel, lambda: w.perflow, {}),
+        (ContinuousConsistencyModel, lambda: w.continuous, {}),
+        (MeanFlowModel, lambda: w.mean_flow, {}),
+        (ConsistencyTuningModel, None, {}),
+        (TractModel, None, {}),
         (
             ProgressiveDistillationModel,
             None,
@@ -106,3 +127,11 @@ def _of_students(w: World) -> Iterator[Entry]:
             every=9,
             skip=of_teacher,
         )
+    yield method_of(
+        *("ShortcutModel", "from_teacher", ShortcutModel),
+        lambda: ShortcutModel,
+        lambda: {"teacher": w.told},
+        more=[ShortcutModel],
+        every=9,
+        skip=of_teacher,
+    )

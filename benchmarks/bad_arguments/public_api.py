@@ -49,6 +49,7 @@ PROTOCOL = {
     *("absent", "advance", "build", "call", "cast", "check", "check_guidable"),
     *("clone", "compile_from_config", "compiled", "compute"),
     *("compute_loss", "decode", "draw_times", "warmup"),
+    "relative_gap",
     *("default", "default_loss", "default_weighting", "denoise"),
     *("denoise_guided", "draw_normal", "draw_uniform", "during_fit"),
     *("encode", "entry", "features", "from_config", "get_compile_config"),

@@ -7,10 +7,13 @@ import keras
 import numpy as np
 
 from keras_mscm import (
+    ContinuousConsistencyModel,
     DenoisingModel,
     DiffusionModel,
     GuidanceDistillationModel,
+    MeanFlowModel,
     MultistepConsistencyModel,
+    PeRFlowModel,
     ProgressiveDistillationModel,
     UViT,
     datasets,
@@ -74,6 +77,20 @@ class World:
         return {"network": self.plain_network, "image_shape": (4, 4, 1), **more}
 
     @functools.cached_property
+    def told_network(self):
+        """A network that can be told where its step ends."""
+        return UViT(**self.of_uvit())
+
+    def of_told(self, **more):
+        """Arguments of a model whose network is told where its step ends."""
+        return {"network": self.told_network, **more}
+
+    @functools.cached_property
+    def told(self):
+        """A diffusion model of such a network."""
+        return DiffusionModel(self.told_network)
+
+    @functools.cached_property
     def model(self):
         """A diffusion model with classes and a context."""
         model = DiffusionModel(
@@ -103,6 +120,18 @@ class World:
     @functools.cached_property
     def student(self):
         return self._taught(MultistepConsistencyModel, student_steps=2)
+
+    @functools.cached_property
+    def continuous(self):
+        return self._taught(ContinuousConsistencyModel)
+
+    @functools.cached_property
+    def mean_flow(self):
+        return self._taught(MeanFlowModel)
+
+    @functools.cached_property
+    def perflow(self):
+        return self._taught(PeRFlowModel)
 
     @functools.cached_property
     def progressive(self):

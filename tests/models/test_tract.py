@@ -128,7 +128,9 @@ def test_stages_follow_each_other_in_one_fit(toy_images, count_calls):
     class See(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             steps = self.model.trained_steps()
-            seen.append((steps, *(float(n.a) for n in networks)))
+            seen.append(
+                (steps, *(float(ops.convert_to_numpy(n.a)) for n in networks))
+            )
 
     model.fit(toy_images(32), batch_size=4, callbacks=[See()], verbose=0)
     assert [at[0] for at in seen] == [4, 2, 2, 1, 1, 1, 1, 1]

@@ -84,6 +84,29 @@ OTHERS = {
         "teacher_steps": np.int64(12),
         "iterations_per_stage": np.int32(7),
     },
+    "ConsistencyTuningModel": {
+        "student_steps": np.int64(3),
+        "noise_mean": np.float32(-0.5),
+        "stages": np.int32(5),
+    },
+    "ContinuousConsistencyModel": {
+        "method": "training",
+        "noise_std": np.float64(2),
+        "warmup_iterations": np.int64(7),
+        "adaptive_weighting": np.False_,
+    },
+    "MeanFlowModel": {
+        "noise_mean": np.int64(0),
+        "instantaneous": np.float32(0.5),
+        "weight_power": np.int32(1),
+        "derivative": "finite_difference",
+    },
+    "PeRFlowModel": {
+        "solver_steps": np.int64(3),
+        "guidance_scale": np.float32(1),
+    },
+    "ShortcutModel": {"most_steps": np.int64(8)},
+    "TractModel": {"steps": [np.int64(8), np.int32(2)]},
 }
 
 
