@@ -23,7 +23,9 @@ class ShortcutModel(DenoisingModel):
     is known of small steps grows into large ones. No teacher is evaluated.
 
     An update takes a pass with a gradient, and of one example in
-    `bootstrap_every` two more without.
+    `bootstrap_every` two more without. The longest step is learnt by way of
+    all shorter ones, and each of these by way of the average; so it wants long
+    runs, or fewer `most_steps` and a lower `ema_decay`.
 
     Args:
         network: Network that can be told where its step ends (`UViT`).
