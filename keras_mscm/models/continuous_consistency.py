@@ -30,6 +30,11 @@ class ContinuousConsistencyModel(DenoisingModel):
     costs about two and its memory, and the usual evaluation with a gradient;
     "distillation" the teacher's besides.
 
+    The paper needs a network that is smooth in time, and changes its embedding
+    for it. That of `UViT` has waves down to a thousandth of time, whose
+    derivative is rough: a student of it can come out worse than it began, so
+    compare it with one of `MultistepConsistencyModel`.
+
     `generate` begins with `num_steps=1`. With more, each prediction is noised
     afresh (`samplers.Renoise`): with two at the schedule's middle, which for a
     cosine schedule is where the paper does it.

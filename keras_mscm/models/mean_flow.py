@@ -30,6 +30,10 @@ class MeanFlowModel(DenoisingModel):
     predict `x = z_t - t u`, which is the `x` with which DDIM jumps from t to r;
     in it the target has no small denominator.
 
+    With a teacher's velocity, which has no noise, an error at r = t is soon
+    next to nothing, and the paper's `weight_power=1` then gives nearly all of
+    the weight to it: short distillations may want a smaller one.
+
     An update takes the network's forward-mode derivative, an evaluation that
     costs about two and its memory, and the usual evaluation with a gradient.
 
