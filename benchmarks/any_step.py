@@ -51,24 +51,23 @@ REMEDIES = {
 def cells():
     """What there is to train, the most informative first."""
     several = [*EVERY]
-    for method in ("distillation", "training"):
-        yield 0, method, several, 4000, ""
+    for seed in (0, 1, 2):
+        for method in ("distillation", "training"):
+            yield seed, method, several, 4000, ""
+            for k in EVERY:
+                yield seed, method, k, 800, ""
+        yield seed, "distillation", several, 10_000, ""
     for remedy in [*REMEDIES][1:]:
         yield 0, "training", several, 4000, remedy
         if "teacher" not in remedy:
             yield 0, "distillation", several, 4000, remedy
     for seed in (0, 1, 2):
         for method in ("distillation", "training"):
-            yield seed, method, several, 4000, ""
             yield seed, method, "any", 4000, ""
-            for k in EVERY:
-                yield seed, method, k, 800, ""
-        for method in ("distillation", "training"):
-            yield seed, method, several, 10_000, ""
-            for k in EVERY:
-                yield seed, method, k, 2000, ""
-            for k in EVERY:
-                yield seed, method, k, 4000, ""
+            for budget in (2000, 4000):
+                for k in EVERY:
+                    yield seed, method, k, budget, ""
+        yield seed, "training", several, 10_000, ""
 
 
 class Seed(Experiment):
