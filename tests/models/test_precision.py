@@ -8,13 +8,18 @@ from keras import ops
 from keras_mscm import DiffusionModel, MultistepConsistencyModel
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_trained_saved_loaded_and_sampled(policy, tiny_uvit, tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "attention"),
+    [("mixed_bfloat16", (True,)), ("mixed_float16", (False, True))],
+)
+def test_trained_saved_loaded_and_sampled(
+    policy, attention, tiny_uvit, tmp_path
+):
     """A network with all its layers, rematerialised, and accumulation."""
     network = tiny_uvit(
-        widths=(16, 16),
-        depths=(1, 1),
-        attention=(False, True),
+        widths=(16,) * len(attention),
+        depths=(1,) * len(attention),
+        attention=attention,
         context_width=8,
         dropout=0.1,
         remat=True,
@@ -46,7 +51,7 @@ def test_trained_saved_loaded_and_sampled(policy, tiny_uvit, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.network.dtype_policy.name == policy
-    assert loaded.network.remat == (True, True)
+    assert loaded.network.remat == (True,) * len(attention)
     draws = [m.generate(2, seed=0) for m in (model, loaded)]
     assert np.all(np.isfinite(draws[0]))
     assert draws[0].std() > 0.01
@@ -80,23 +85,25 @@ def test_an_update_that_overflows_is_none(make_teacher, toy_images):
     assert scale == 2.0**56  # halved by each of four steps
 
 
-@pytest.mark.parametrize("floatx", ["bfloat16", "float64"])
-def test_another_default_format(floatx, dense_network, toy_images):
+@pytest.mark.parametrize(
+    ("floatx", "method"),
+    [("bfloat16", "distillation"), ("float64", "training")],
+)
+def test_another_default_format(floatx, method, dense_network, toy_images):
     before = keras.config.floatx()
     keras.config.set_floatx(floatx)
     try:
         teacher = DiffusionModel(dense_network(), image_shape=(4, 4, 1), seed=1)
         teacher.compile("sgd")
         teacher.fit(toy_images(8), verbose=0)
-        for method in ("distillation", "training"):
-            student = MultistepConsistencyModel.from_teacher(
-                teacher, student_steps=2, teacher_steps=8, method=method
-            )
-            student.compile("sgd")
-            history = student.fit(toy_images(8), verbose=0)
-            assert np.isfinite(float(history.history["loss"][-1]))
-            images = student.generate(3, seed=1)
-            assert images.dtype == "float32"
-            assert np.all(np.abs(images) <= 1)
+        student = MultistepConsistencyModel.from_teacher(
+            teacher, student_steps=2, teacher_steps=8, method=method
+        )
+        student.compile("sgd")
+        history = student.fit(toy_images(8), verbose=0)
+        assert np.isfinite(float(history.history["loss"][-1]))
+        images = student.generate(3, seed=1)
+        assert images.dtype == "float32"
+        assert np.all(np.abs(images) <= 1)
     finally:
         keras.config.set_floatx(before)

@@ -213,7 +213,7 @@ def test_a_student_begins_as_its_teacher_and_learns_its_ends():
         teacher, student_steps=EVERY, seed=0, teacher_steps=16
     )
     noise = numbers(3, SHAPE, 1)
-    for k in EVERY:
+    for k in (1, 8):
         np.testing.assert_array_equal(
             student.generate(noise=noise, num_steps=k),
             teacher.generate(noise=noise, num_steps=k, sampler=samplers.DDIM()),
@@ -315,8 +315,8 @@ def test_uneven_times():
     )
 
 
-def test_a_diffusion_model_takes_uneven_times():
-    model = DiffusionModel(moved(tiny_uvit()), seed=0)
+def test_a_diffusion_model_takes_uneven_times(dense_network):
+    model = DiffusionModel(dense_network(), image_shape=SHAPE, seed=0)
     noise = numbers(2, SHAPE, 1)
     arguments = dict(noise=noise, sampler=samplers.Heun(), decode=False)
     even = model.generate(times=(1, 0.5, 0), **arguments)
