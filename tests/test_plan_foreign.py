@@ -1,5 +1,6 @@
 """Plans of foreign networks: Stable Diffusion 3, and LoRA students."""
 
+import functools
 import json
 import resource
 
@@ -77,8 +78,9 @@ def held(variables):
 
 
 @on_jax
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
-@pytest.mark.parametrize("lora_rank", [3, None])
+@pytest.mark.parametrize(
+    ("dtype", "lora_rank"), [("mixed_bfloat16", 3), ("bfloat16", None)]
+)
 def test_counted_is_what_a_model_takes(tiny, dtype, lora_rank):
     step = step_of(
         "tiny",
@@ -231,7 +233,11 @@ def test_lora_of_our_own_networks():
 
 
 @on_jax
-def test_command(tiny, capsys):
+def test_command(tiny, capsys, monkeypatch):
+    # The plan of both is one.
+    monkeypatch.setattr(
+        command, "make_plan", functools.cache(command.make_plan)
+    )
     arguments = ["--preset=tiny", "--topology=v5p:1x1x1", "--batch-size=1"]
     arguments += ["--method=distillation", "--lora-rank=3", "--no-compile"]
     arguments += ["--guidance-scale=7", "--memory-gb=80"]

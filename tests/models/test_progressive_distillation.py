@@ -162,7 +162,9 @@ def test_generate_takes_the_steps_of_the_stage(make_model, toy_images):
     assert model.trained_steps() == 2
 
 
-@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize(
+    "updates", [pytest.param(1, marks=pytest.mark.slow), 3]
+)
 def test_a_loaded_model_goes_on(
     updates, make_model, toy_images, weights_of, tmp_path
 ):

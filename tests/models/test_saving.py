@@ -80,7 +80,9 @@ class Interrupt(keras.callbacks.Callback):
 
 # Of three batches whose gradients are accumulated, the interruption comes
 # after the first.
-@pytest.mark.parametrize("accumulation", [None, 3])
+@pytest.mark.parametrize(
+    "accumulation", [pytest.param(None, marks=pytest.mark.slow), 3]
+)
 def test_resumed_training_is_the_uninterrupted_one(
     accumulation, pair, toy_images, weights_of, tmp_path
 ):

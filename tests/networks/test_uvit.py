@@ -10,7 +10,6 @@ from keras_mscm.networks.patches import to_patches, to_pixels
 
 SHAPES = {
     "vit": {},
-    "labels": {"num_classes": 3},
     # Everything at once: three stages, of which the first needs no whole heads;
     # patches; images that are not square.
     "all": {
