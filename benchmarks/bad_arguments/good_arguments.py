@@ -71,7 +71,10 @@ def _tensors(w: World) -> Iterator[Entry]:
             # Tensors by name, and functions of tensors.
             without=("denoise", "conditioning", "without"),
         )
-    for name in ("snr_plus_one", "sqrt_snr_plus_one", "truncated_snr"):
+    for name in (
+        *("snr_plus_one", "sqrt_snr_plus_one", "truncated_snr"),
+        "flow_velocity",
+    ):
         yield entry_of(f"weightings.{name}", getattr(weightings, name))
     yield entry_of("weightings.uniform", weightings.uniform)
     yield entry_of("presets.summary", presets.summary)

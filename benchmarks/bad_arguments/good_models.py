@@ -115,14 +115,15 @@ def _of_students(w: World) -> Iterator[Entry]:
         ),
     ):
         name = cls.__name__
+        told = {"teacher": w.told if cls is MeanFlowModel else w.model}
         if make is not None:
             yield method_of(
                 *(name, "attach_teacher", cls, make),
-                lambda: {"teacher": w.model},
+                functools.partial(dict, told),
             )
         yield method_of(
             *(name, "from_teacher", cls, lambda cls=cls: cls),
-            lambda more=more: {"teacher": w.model, **more},
+            functools.partial(dict, told, **more),
             more=[cls],
             every=9,
             skip=of_teacher,

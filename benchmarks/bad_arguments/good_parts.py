@@ -110,9 +110,9 @@ def parts(w: World) -> Iterator[Entry]:
     )
     for name in (
         *("DDIM", "ADDIM", "Heun", "NoisyDDIM", "DDPM"),
-        *("DPMSolverMultistep", "Renoise"),
+        *("DPMSolverMultistep", "FlowMap", "Renoise"),
     ):
-        use = None if name in ("ADDIM", "NoisyDDIM") else _samples
+        use = None if name in ("ADDIM", "FlowMap", "NoisyDDIM") else _samples
         yield entry_of(f"samplers.{name}", getattr(samplers, name), use=use)
     for name in ("Sampler", "SinglestepSampler"):
         yield entry_of(f"samplers.{name}", getattr(samplers, name))
@@ -231,6 +231,17 @@ def _metrics(w: World) -> Iterator[Entry]:
         *("metrics.Reference", "load", metrics.Reference),
         lambda: metrics.Reference,
         lambda: {"path": w.reference_file, "extractor": means},
+    )
+    yield entry_of(
+        "metrics.quality_over_steps",
+        metrics.quality_over_steps,
+        lambda: {
+            "model": w.model,
+            "metric": keras.metrics.Mean(name="mean"),
+            "num_steps": [1, 2],
+            "num_images": 2,
+        },
+        without=("generate_with",),
     )
     yield entry_of(
         "metrics.classifier_features",

@@ -46,7 +46,8 @@ BESIDES = {
 #: Methods that Keras or the package itself calls, with what it has checked, and
 #: those of tensors, which are traced.
 PROTOCOL = {
-    *("absent", "advance", "build", "call", "cast", "check", "check_guidable"),
+    *("absent", "advance", "build", "call", "cast", "changed", "check"),
+    *("check_guidable", "take_logsnr_end"),
     *("clone", "compile_from_config", "compiled", "compute"),
     *("compute_loss", "decode", "draw_times", "warmup"),
     "relative_gap",

@@ -42,7 +42,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._plain = None
+        self._plain = self._told = None
 
     def network(self, num_classes=None, context_width=None):
         """A network of one dense layer, cheap to make."""
@@ -76,10 +76,12 @@ class World:
         """Arguments of a model without conditioning."""
         return {"network": self.plain_network, "image_shape": (4, 4, 1), **more}
 
-    @functools.cached_property
+    @property
     def told_network(self):
-        """A network that can be told where its step ends."""
-        return UViT(**self.of_uvit())
+        """A network that can be told where its step ends, without adapters."""
+        if self._told is None or lora.adapted(self._told):
+            self._told = UViT(**self.of_uvit())
+        return self._told
 
     def of_told(self, **more):
         """Arguments of a model whose network is told where its step ends."""
@@ -88,7 +90,7 @@ class World:
     @functools.cached_property
     def told(self):
         """A diffusion model of such a network."""
-        return DiffusionModel(self.told_network)
+        return DiffusionModel(UViT(**self.of_uvit()))
 
     @functools.cached_property
     def model(self):
@@ -127,7 +129,7 @@ class World:
 
     @functools.cached_property
     def mean_flow(self):
-        return self._taught(MeanFlowModel)
+        return MeanFlowModel.from_teacher(self.told)
 
     @functools.cached_property
     def perflow(self):

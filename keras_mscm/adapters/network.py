@@ -171,8 +171,9 @@ class AdaptedNetwork(keras.Model):
         self.build()
         embeddings.check(network, time_embedding)
         if end_width is not None:
+            width = embeddings.check_width("end_width", end_width)
             embeddings.check_known(network, time_embedding, self.time_width)
-            self._embed_end(embeddings.check_width("end_width", end_width))
+            self._embed_end(width)
 
     def _store(self, name: str, value: Any) -> keras.Variable:
         """An untrained weight that holds an array."""

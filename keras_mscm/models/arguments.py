@@ -382,9 +382,11 @@ def _agreed(name: str, value: Any, network: keras.Layer) -> Any:
     own = getattr(network, name, None)
     if own is None or value is None:
         return own if value is None else value
-    agree = value == own
-    if name == "image_shape" and isinstance(value, (list, tuple)):
-        agree = tuple(value) == tuple(own)
+    agree = False
+    with contextlib.suppress(Exception):  # because it may be anybody's object
+        agree = value == own
+        if name == "image_shape" and isinstance(value, (list, tuple)):
+            agree = tuple(value) == tuple(own)
     if not (isinstance(agree, (bool, np.bool_)) and agree) or isinstance(
         value, bool
     ):

@@ -317,7 +317,7 @@ def own_steps(
                 "it was trained for, of the guidance that its teacher had. "
                 f"Received: {name}={checks.describe(value)}"
             )
-    if trained == student_steps.ANY:
+    if isinstance(trained, str):
         num_steps = num_steps or student_steps.DEFAULT_OF_ANY
         return num_steps, samplers.FlowMap(), own_schedule
     several = isinstance(trained, tuple)

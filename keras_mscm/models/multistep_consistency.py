@@ -162,6 +162,7 @@ class MultistepConsistencyModel(DenoisingModel):
             student_steps_of.take_end(network)
         super().__init__(network, schedule, **kwargs)
         self.student_steps, self.step_weights = steps, step_weights
+        self.takes_times = steps == student_steps_of.ANY
         self.method = method
         self.reference, self.guidance_scale = reference, scale
         self.integrator, self.eta, self.x_var = of_step
@@ -224,10 +225,6 @@ class MultistepConsistencyModel(DenoisingModel):
     def largest_steps(self) -> int:
         """The largest of its `student_steps`; with `"any"`, 1."""
         return student_steps_of.largest(self.student_steps)
-
-    @property
-    def takes_times(self) -> bool:
-        return self.student_steps == student_steps_of.ANY
 
     def steps_per_segment(self, student_steps: Any = None) -> Tensor:
         """`round(N_teacher(i) / student_steps)` at the present iteration.

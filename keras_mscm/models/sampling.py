@@ -297,7 +297,7 @@ def draw(model: Any, request: Request) -> np.ndarray:
         )
         run = model._compiled_samplers[key] = generator.compiled()
 
-    steps = request.num_steps
+    steps: Any = request.num_steps
     steps = np.int32(steps) if isinstance(steps, int) else steps
     scales = [] if scale is None else [np.float32(scale)]
     samples: Any = None
