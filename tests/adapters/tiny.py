@@ -71,6 +71,10 @@ def check_several_steps(model, x, y=None, tmp_path=None, limit=0, **kwargs):
     student = MultistepConsistencyModel.from_teacher(
         model, student_steps=(1, 2, 4), ema_decay=0.5, **kwargs
     )
+    assert not {id(w) for w in student.network.weights} & {
+        id(w) for w in model.network.weights
+    }
+    teacher = [ops.convert_to_numpy(w) for w in model.network.weights]
     y = y or {}
     begins = inputs_of(model, y, logsnr=[0.0] * len(x))
     noise = begins.pop("z")
@@ -110,6 +114,8 @@ def check_several_steps(model, x, y=None, tmp_path=None, limit=0, **kwargs):
         np.any(ops.convert_to_numpy(weight) != old)
         for weight, old in zip(network.embed_end.weights, before)
     )
+    for value, was in zip(student.teacher.network.weights, teacher):
+        np.testing.assert_array_equal(value, was)
     for each in (network, student.ema_network):
         assert difference(*(said(each, end) for end in ends)) > 0
 
