@@ -42,6 +42,8 @@ def namespace():
     return None, "; ".join(said)
 
 
+# Each backend's training has a full disk in `test_resume_training.py`.
+@pytest.mark.once
 def test_training_goes_on_when_the_disk_is_full(tmp_path):
     command, why = namespace()
     if command is None:

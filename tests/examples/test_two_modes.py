@@ -87,6 +87,8 @@ def test_drawn_trajectories_end_where_generate_does(two_modes):
     )
 
 
+# What its parts make of each backend, the test above asks.
+@pytest.mark.once
 def test_quick_run_writes_the_figure_and_the_numbers(two_modes, tmp_path):
     two_modes.main(
         two_modes.parse_arguments(["--quick", "--output", str(tmp_path)])
