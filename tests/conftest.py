@@ -31,7 +31,15 @@ if BACKEND == "jax":
     # An older way of JAX's to compile takes half as long; 0.12 has it no more.
     if jax.__version_info__ < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
+        # A program's parts are compiled at once otherwise, each with what is
+        # spent on one, and the other workers have the cores.
+        flags += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", flags)
+
+
+# Collecting garbage needn't look through what was imported, each time anew.
+gc.collect()
+gc.freeze()
 
 
 def forget():
@@ -47,7 +55,9 @@ def forget():
 def forgotten_after_a_file():
     yield
     keras.utils.clear_session(free_memory=False)
-    forget()
+    # What JAX compiled for one file, others need too, until it is much.
+    if BACKEND != "jax":
+        forget()
 
 
 @pytest.fixture(autouse=True)
