@@ -19,11 +19,13 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
+
 from benchmarks import any_step_table
 from benchmarks.annealing import circumstances
 from benchmarks.digits import Experiment
 from examples import digits
-from keras_mscm import MultistepConsistencyModel, samplers
+from keras_mscm import MultistepConsistencyModel, preset_files, samplers
 from keras_mscm.callbacks import TeacherStepAnneal
 
 FOLDER = Path(__file__).with_suffix("")
@@ -182,6 +184,35 @@ def train(minutes):
         print(*cell, ratios, f"{row['seconds']:.0f} s", flush=True)
 
 
+def write_preset():
+    """The preset that ships: seed 0's student of the longest distillation."""
+    rows = [
+        row
+        for row in read()
+        if (row["seed"], row["method"], row["remedy"])
+        == (0, "distillation", "")
+        and row["student_steps"] == [*EVERY]
+    ]
+    row = max(rows, key=lambda row: row["budget"])
+    name = f"0_distillation_several_{row['budget']}.keras"
+    kept = "distances", "teacher_distance", "budget", "date"
+    model = keras.saving.load_model(FOLDER / "models" / name)
+    model.save_to_preset(
+        preset_files.BUILT_IN / "digits_any_step",
+        weights_dtype="float16",
+        metadata={
+            "description": "Digits in 1, 2, 4, 8 or 16 steps, distilled.",
+            "command": "python -m benchmarks.any_step && "
+            "python -m benchmarks.any_step --preset",
+            "measured": {
+                **{key: row[key] for key in kept},
+                "num_samples": 3000,
+                "batch_size": BATCH,
+            },
+        },
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -192,7 +223,14 @@ def main():
         default=float("inf"),
         help="begin no student after so many",
     )
-    train(parser.parse_args().minutes)
+    parser.add_argument(
+        "--preset", action="store_true", help="write the preset that ships"
+    )
+    args = parser.parse_args()
+    if args.preset:
+        write_preset()
+        return
+    train(args.minutes)
     any_step_table.write(read(), FOLDER)
 
 

@@ -490,9 +490,9 @@ teacher and student.
 
 | foreign model | lines | 4 steps | 50 steps | CD | copies |
 | --- | --- | --- | --- | --- | --- |
-| KerasHub: Stable Diffusion 3 | 4 | 4.5e-5 | 4.1e-6 | jax (guided) | 4.00 / 3.00 / 2.00 / 2.08 |
-| KerasHub: Stable Diffusion 3, guided | 4 | 6.3e-5 | 8.6e-6 | jax, tensorflow (guided) | 4.00 / 3.00 / 2.00 / 2.08 |
-| keras-cv: Stable Diffusion, guided | 4 | 5.9e-6 | 4.8e-6 | jax (guided) | 4.00 / 3.00 / 2.00 / 2.05 |
+| KerasHub: Stable Diffusion 3 | 4 | 4.5e-5 | 4.4e-6 | jax, tensorflow, torch (guided) | 4.00 / 3.00 / 2.00 / 2.08 |
+| KerasHub: Stable Diffusion 3, guided | 4 | 7.0e-5 | 8.6e-6 | jax, tensorflow, torch (guided) | 4.00 / 3.00 / 2.00 / 2.08 |
+| keras-cv: Stable Diffusion, guided | 4 | 2.4e-5 | 9.0e-6 | jax, tensorflow, torch (guided) | 4.00 / 3.00 / 2.00 / 2.05 |
 | diffusers: `UNet2DModel` | 6 | 8.5e-7 | 3.3e-6 | torch | 4.00 / 3.00 / 2.00 / - |
 | diffusers: `UNet2DModel` that predicts x | 6 | 1.2e-4 | 8.6e-5 | torch | 4.00 / 3.00 / 2.00 / - |
 | diffusers: `UNet2DModel`, v, zero terminal SNR | 6 | 1.1e-6 | 2.2e-6 | torch | 4.00 / 3.00 / 2.00 / - |

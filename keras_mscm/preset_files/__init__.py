@@ -21,6 +21,7 @@ import copy
 import datetime
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,13 @@ def load_network(
     """
     checks.check_boolean("load_weights", load_weights)
     folder, config = find(preset), read_config(preset)
+    new_name = read(preset, METADATA).get("replaced_by")
+    if folder.parent == BUILT_IN and new_name:
+        warnings.warn(
+            f"The preset {folder.name!r} will go: take {new_name!r}",
+            FutureWarning,
+            stacklevel=3,
+        )
     limit = None
     if load_weights:
         _check_weights(preset)
