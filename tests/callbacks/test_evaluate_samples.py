@@ -47,9 +47,8 @@ def train(model, images, callbacks, epochs=1, batch_size=4, **kw):
 
 
 def make(metrics, every=2, num_images=3, **kw):
-    return EvaluateSamples(
-        metrics, every=every, num_images=num_images, num_steps=2, **kw
-    )
+    kw = {"num_steps": 2, **kw}
+    return EvaluateSamples(metrics, every=every, num_images=num_images, **kw)
 
 
 def iterations(evaluate):
@@ -120,7 +119,7 @@ def test_batches_have_no_say(make_model, images):
         evaluate = make([recorder], num_images=7, batch_size=batch_size)
         evaluate.set_model(model)
         evaluate.on_train_begin()
-        evaluate.on_drawing(0, {None: evaluate._draw()})
+        evaluate.on_drawing(0, {2: evaluate._draw(2)})
         sets += recorder.sets
     np.testing.assert_allclose(*sets, atol=1e-6)
     assert sets[0].shape == (7, 4, 4, 1)
@@ -286,6 +285,28 @@ def test_numbers_of_numpy_are_plain(make_model, images):
     assert iterations(evaluate) == [2, 4, 6]
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("num_steps", [0, 2.5, (), (1, 0), (2, 2), "4"])
+def test_numbers_of_steps_that_cannot_be(num_steps):
+    with pytest.raises(ValueError, match="`num_steps` must be"):
+        make([Recorder()], num_steps=num_steps)
+
+
+def test_each_of_several_numbers_of_steps_has_a_number(make_model, images):
+    model = make_model()
+    evaluate = make([Recorder()], num_steps=(1, 2), monitor="recorder_2_steps")
+    logs = {}
+    evaluate.set_model(model)
+    evaluate.on_train_begin()
+    evaluate.on_epoch_begin(0)
+    drawings = {k: evaluate._draw(k) for k in evaluate.num_steps}
+    evaluate.on_drawing(0, drawings)
+    evaluate.on_epoch_end(0, logs)
+    assert {*logs} == {"recorder_1_step", "recorder_2_steps"}
+    assert logs["recorder_1_step"] != logs["recorder_2_steps"]
+    assert evaluate.best["recorder_2_steps"] == logs["recorder_2_steps"]
+
+
 def test_arguments_that_do_not_suit_the_model(make_model, images):
     cases = [
         (make_model(), {"labels": [0, 1, 2]}, "`labels` must not be given"),
@@ -294,8 +315,6 @@ def test_arguments_that_do_not_suit_the_model(make_model, images):
         (make_model(3), {"labels": [0.0, 1.0, 2.0]}, "`labels` must be"),
         (make_model(), {"context": np.zeros((3, 1, 2))}, "`y` must be made"),
         (make_model(), {"steps": 3}, r"arguments of DiffusionModel.*steps"),
-        (make_model(), {"num_steps": 0}, "`num_steps` must be"),
-        (make_model(), {"num_steps": 2.5}, "`num_steps` must be"),
         (make_model(), {"sampler": "ddim"}, "`sampler` must be"),
         (make_model(), {"schedule": "cosine"}, "`schedule` must be"),
         (make_model(), {"guidance_scale": NAN}, "`guidance_scale` must be"),

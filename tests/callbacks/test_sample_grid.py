@@ -205,3 +205,19 @@ def test_missing_packages(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"keras-mscm\[{extra}\]"):
         train(make_model(), images, SampleGrid(tmp_path, every=1, **kw))
+
+
+def test_several_numbers_of_steps_stand_below_one_another(
+    make_model, images, tmp_path
+):
+    grids = []
+    for num_steps in ((1, 2), 1, 2):
+        folder = tmp_path / str(num_steps)
+        grid = SampleGrid(folder, every=6, num_images=4, num_steps=num_steps)
+        train(make_model(), images, grid)
+        grids.append(np.asarray(Image.open(folder / "00000006.png")))
+    several, one, two = grids
+    height = len(one)
+    np.testing.assert_array_equal(several[:height], one)
+    np.testing.assert_array_equal(several[height : height + 4], 0)
+    np.testing.assert_array_equal(several[height + 4 :], two)
