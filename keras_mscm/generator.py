@@ -96,10 +96,12 @@ class Generator:
             noise = F.normal(seed[0], noise, 0, space.shape)
         noise, conditioning = backend.divided((noise, conditioning))
 
-        def denoise(z, logsnr, logsnr_end=None):
+        def denoise(z, logsnr, *logsnr_end):
             inputs = model.ema_network, z, logsnr, conditioning
+            if logsnr_end:
+                return model.denoise(*inputs, False, *logsnr_end)
             if not self.guided:
-                return model.denoise(*inputs, logsnr_end=logsnr_end)
+                return model.denoise(*inputs)
             return model.denoise_guided(*inputs, *guidance_scale)[0]
 
         x = self.sampler(denoise, noise, self.schedule, num_steps, seed)

@@ -207,14 +207,14 @@ def test_missing_packages(
         train(make_model(), images, SampleGrid(tmp_path, every=1, **kw))
 
 
-def test_several_numbers_of_steps_stand_below_one_another(
-    make_model, images, tmp_path
-):
-    grids = []
+def test_several_numbers_of_steps_stand_below_one_another(make_model, tmp_path):
+    model, grids = make_model(), []
     for num_steps in ((1, 2), 1, 2):
         folder = tmp_path / str(num_steps)
         grid = SampleGrid(folder, every=6, num_images=4, num_steps=num_steps)
-        train(make_model(), images, grid)
+        grid.set_model(model)
+        grid.on_train_begin()
+        grid.on_drawing(6, {k: grid._draw(k) for k in grid.num_steps})
         grids.append(np.asarray(Image.open(folder / "00000006.png")))
     several, one, two = grids
     height = len(one)
