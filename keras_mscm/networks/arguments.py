@@ -18,6 +18,8 @@ MAX_DEPTH = 2**10
 MAX_RATIO = 2**8
 #: The largest number of classes.
 MAX_CLASSES = 2**24
+#: The largest rate of a wave of time, in radians over all of it.
+MAX_TIME_RATE = 1000.0
 
 
 def check_size(name: str, value: Any, high: int = MAX_SIZE) -> int:
@@ -52,6 +54,12 @@ def check_even(name: str, value: Any) -> int:
     if width % 2:
         raise checks.invalid(name, allowed, value)
     return width
+
+
+def check_time_rate(name: str, value: Any) -> float:
+    """Raises unless `value` is a rate of the fastest wave of time."""
+    allowed = f"a number in [2, {MAX_TIME_RATE:g}]"
+    return float(checks.check_number(name, value, 2, allowed, MAX_TIME_RATE))
 
 
 def check_widths(name: str, value: Any) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 from keras_mscm.networks.layers import NoiseLevelEmbedding
 
 
-def embed_end(network: Any, width: int, dtype: Any) -> None:
+def embed_end(network: Any, width: int, dtype: Any, rate: float) -> None:
     """Gives a network, built, its `embed_end`, unless it has it.
 
     Args:
@@ -13,13 +13,18 @@ def embed_end(network: Any, width: int, dtype: Any) -> None:
             its inputs have `"logsnr_end"`.
         width: Length of the embedding, which begins at zero.
         dtype: Policy of the embedding.
+        rate: Its `time_rate`.
     """
     if network.embed_end is not None:
         return
     # A built layer is locked, as Keras' own `enable_lora` finds it too.
     network._tracker.unlock()
     network.embed_end = NoiseLevelEmbedding(
-        width, begins_at_zero=True, dtype=dtype, name="embed_end"
+        width,
+        begins_at_zero=True,
+        time_rate=rate,
+        dtype=dtype,
+        name="embed_end",
     )
     network._tracker.lock()
     network.embed_end.build((None,))

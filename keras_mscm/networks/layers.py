@@ -10,10 +10,12 @@ from keras_mscm import backend, checks
 from keras_mscm.functional.process import Tensor
 from keras_mscm.networks.arguments import (
     MAX_RATIO,
+    MAX_TIME_RATE,
     check_even,
     check_head,
     check_rate,
     check_size,
+    check_time_rate,
 )
 from keras_mscm.networks.attention import CrossAttention, attend, split_heads
 from keras_mscm.networks.dropout import Dropout, dropped, first_example
@@ -32,6 +34,9 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         width: Length of the embedding, even and at least 4.
         begins_at_zero: Whether the embedding is zero until it is trained, so
             that a network it is added to predicts as before.
+        time_rate: Rate of the fastest sinusoid, in radians over the whole of
+            time, in [2, 1000]. A network of 1000 tells noise levels apart that
+            are next to equal, but its derivative by time is mostly ripples.
         **kwargs: As for any Keras layer.
 
     Call arguments:
@@ -41,15 +46,22 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         Embedding, `(batch, width)`.
 
     Raises:
-        ValueError: If `width` isn't as above.
+        ValueError: If an argument isn't as above.
     """
 
-    def __init__(self, width: int, begins_at_zero: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        width: int,
+        begins_at_zero: bool = False,
+        time_rate: float = MAX_TIME_RATE,
+        **kwargs: Any,
+    ):
         super().__init__(autocast=False, **kwargs)
         self.width = width = check_even("width", width)
         self.begins_at_zero = checks.check_boolean(
             "begins_at_zero", begins_at_zero
         )
+        self.time_rate = check_time_rate("time_rate", time_rate)
         self.hidden = keras.layers.Dense(
             width, activation="swish", dtype=self.dtype_policy, name="hidden"
         )
@@ -71,8 +83,10 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         logsnr = ops.cast(logsnr, "float32")
         time = ops.arctan(ops.exp(-logsnr / 2)) * (2 / math.pi)
         half = self.width // 2
-        # Wavelengths from 2 pi to 2 pi / 1000 of the whole time interval.
-        rates = 1000.0 ** (ops.arange(half, dtype="float32") / (half - 1))
+        # Wavelengths from 2 pi to, by default, 2 pi / 1000 of all of time.
+        rates = self.time_rate ** (
+            ops.arange(half, dtype="float32") / (half - 1)
+        )
         phase = time[:, None] * rates[None]
         waves = ops.concatenate([ops.sin(phase), ops.cos(phase)], axis=-1)
         return self.projection(self.hidden(waves))
@@ -85,6 +99,8 @@ class NoiseLevelEmbedding(keras.layers.Layer):
         config = {**super().get_config(), "width": self.width}
         if self.begins_at_zero:
             config["begins_at_zero"] = True
+        if self.time_rate != MAX_TIME_RATE:
+            config["time_rate"] = self.time_rate
         return config
 
 

@@ -14,6 +14,7 @@ from keras_mscm.networks import cost
 from keras_mscm.networks.arguments import (
     MAX_CLASSES,
     MAX_RATIO,
+    MAX_TIME_RATE,
     check_depths,
     check_even,
     check_heads,
@@ -36,6 +37,12 @@ from keras_mscm.networks.layers import (
     TransformerBlock,
 )
 from keras_mscm.networks.patches import to_patches, to_pixels
+
+ARGUMENTS = (
+    *("image_shape", "widths", "depths", "attention", "num_classes"),
+    *("context_width", "patch_size", "head_width", "mlp_ratio"),
+    *("embedding_width", "dropout", "seed", "remat"),
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_mscm")
@@ -74,6 +81,9 @@ class UViT(keras.Model):
             way.
         end_embedding: Whether the network may be told, as `"logsnr_end"`, the
             log-SNR to which its prediction is to lead (`take_logsnr_end`).
+        time_rate: The fastest wave by which it tells noise levels apart, in
+            radians over all of time, in [2, 1000]. A forward-mode derivative
+            (`MeanFlowModel`) wants about 20, in training the teacher already.
         **kwargs: As for any Keras model.
 
     Call arguments:
@@ -137,6 +147,7 @@ class UViT(keras.Model):
         seed: int | None = None,
         remat: bool | Sequence[bool] = False,
         end_embedding: bool = False,
+        time_rate: float = MAX_TIME_RATE,
         **kwargs: Any,
     ):
         # Each layer casts for itself, as log-SNR stays float32 until embedded.
@@ -167,7 +178,10 @@ class UViT(keras.Model):
             )
 
         self.embed_noise = NoiseLevelEmbedding(
-            self.embedding_width, dtype=self.dtype_policy, name="embed_noise"
+            self.embedding_width,
+            time_rate=time_rate,
+            dtype=self.dtype_policy,
+            name="embed_noise",
         )
         self.embed_label = self.num_classes and keras.layers.Embedding(
             self.num_classes + 1,
@@ -234,7 +248,8 @@ class UViT(keras.Model):
         is added to that of the noise level; it begins at zero, so that the
         network predicts as before until it is trained.
         """
-        embed_end(self, self.embedding_width, self.dtype_policy)
+        rate = self.embed_noise.time_rate
+        embed_end(self, self.embedding_width, self.dtype_policy, rate)
 
     @property
     def takes_logsnr_end(self) -> bool:
@@ -375,21 +390,11 @@ class UViT(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         # What version 0.1 doesn't know is written where it is used.
-        end = {"end_embedding": True} if self.embed_end else {}
+        later: dict = {"end_embedding": True} if self.embed_end else {}
+        if self.embed_noise.time_rate != MAX_TIME_RATE:
+            later["time_rate"] = self.embed_noise.time_rate
         return {
             **super().get_config(),
-            **end,
-            "image_shape": self.image_shape,
-            "widths": self.widths,
-            "depths": self.depths,
-            "attention": self.attention,
-            "num_classes": self.num_classes,
-            "context_width": self.context_width,
-            "patch_size": self.patch_size,
-            "head_width": self.head_width,
-            "mlp_ratio": self.mlp_ratio,
-            "embedding_width": self.embedding_width,
-            "dropout": self.dropout,
-            "seed": self.seed,
-            "remat": self.remat,
+            **later,
+            **{name: getattr(self, name) for name in ARGUMENTS},
         }

@@ -223,13 +223,14 @@ def test_a_transformer_block_attends_to_all_places_and_no_other_image():
     np.testing.assert_allclose(moved[1:], 0, atol=1e-6)
 
 
-def test_noise_level_embedding_is_its_numpy_reference():
-    layer = NoiseLevelEmbedding(16)
+@pytest.mark.parametrize("rate", [20, 1000])
+def test_noise_level_embedding_is_its_numpy_reference(rate):
+    layer = NoiseLevelEmbedding(16, time_rate=rate)
     layer.build((None,))
     fill(layer)
     logsnr = np.linspace(-20, 20, 41).astype("float32")
     time = np.arctan(np.exp(-logsnr.astype("float64") / 2)) * 2 / np.pi
-    rates = np.geomspace(1, 1000, 8)
+    rates = np.geomspace(1, rate, 8)
     phase = time[:, None] * rates
     waves = np.concatenate([np.sin(phase), np.cos(phase)], axis=-1)
     w = weights(layer)
@@ -263,11 +264,17 @@ def test_noise_level_embedding_keeps_its_phase_in_half_precision():
 
 
 def test_noise_level_embedding_config_round_trip():
-    layer = NoiseLevelEmbedding(12, name="noise", dtype="mixed_bfloat16")
+    layer = NoiseLevelEmbedding(
+        12, name="noise", time_rate=20, dtype="mixed_bfloat16"
+    )
     stored = keras.saving.serialize_keras_object(layer)
     loaded = keras.saving.deserialize_keras_object(stored)
     assert loaded.get_config() == layer.get_config()
     assert loaded.width == 12
+    assert loaded.time_rate == 20
+    assert "time_rate" not in NoiseLevelEmbedding(12).get_config()
+    with pytest.raises(ValueError, match=r"`time_rate` must.*Received: 1"):
+        NoiseLevelEmbedding(12, time_rate=1)
 
 
 def test_position_embedding_adds_one_vector_per_place():
