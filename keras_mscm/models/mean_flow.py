@@ -30,32 +30,46 @@ class MeanFlowModel(DenoisingModel):
     predict `x = z_t - t u`, which is the `x` with which DDIM jumps from t to r;
     in it the target has no small denominator.
 
-    With a teacher's velocity, which has no noise, an error at r = t is soon
-    next to nothing, and the paper's `weight_power=1` then gives nearly all of
-    the weight to it: short distillations may want a smaller one.
+    The paper's network is smooth in time. By default the derivative is a
+    difference, so that others will do, and times are drawn evenly, so that
+    sampling's first is among them. Measured on `digits_teacher`, by the Frechet
+    distance over that of the teacher's best: a student of 400 updates of 64
+    images (Adam, 1e-3) has 9.4, 2.9 and 1.4 in 1, 2 and 4 steps, where the
+    teacher has 35.9, 15.7 and 6.3 by DDIM. In forward mode, with the paper's
+    draw of times and weight, 1000 updates at 5e-4 left it at 36.0, 15.7 and
+    6.2. With a teacher of `time_rate=20`, forward mode and even times gave 5.7,
+    1.7 and 2.1 after 400. `MultistepConsistencyModel`, one student for each
+    number, is better in so few updates: 2.9 and 1.7 in 1 and 2 steps after 300.
 
-    An update takes the network's forward-mode derivative, an evaluation that
-    costs about two and its memory, and the usual evaluation with a gradient.
+    An update takes the network's rate, two evaluations by a difference, about
+    two and their memory in forward mode, and one evaluation with a gradient.
 
     Args:
         network: Network, as in `DenoisingModel`, that can be told where its
             step ends. Usually made by `from_teacher`.
-        schedule: Noise schedule, as in `DenoisingModel`. It says which times
-            there are and how they are divided into steps in sampling, not how
-            they are drawn.
+        schedule: Noise schedule, as in `DenoisingModel`.
         method: `"training"` takes v from the images (the paper), and
             `"distillation"` from a teacher's prediction.
         noise_mean: Mean of the logit of t, which is the log of the
-            noise-to-signal ratio, in [-40, 40].
-        noise_std: Its standard deviation, in [0.001, 40].
+            noise-to-signal ratio, in [-40, 40]; the paper's is -0.4. None
+            draws times evenly over the schedule.
+        noise_std: Its standard deviation, in [0.001, 40], the paper's 1.
+            Given together with `noise_mean`, or neither.
         instantaneous: Share of the examples with r = t, which are diffusion's,
-            in [0, 1).
+            in [0, 1). The paper trains with 0.75; a student who begins with
+            its teacher's weights knows these.
         weight_power: The weight is 1 over the error's square norm to this
-            power (p), in [0, 2]; 0 is the plain squared error.
+            power (p), in [0, 2]; 0 is the plain squared error. The paper
+            trains with 1. In distillation, where the error has no noise, that
+            gives nearly all of the weight to examples that are right already.
         weight_constant: What is added to that norm first (c), positive.
-        derivative: How the network's rate is found: `"forward_mode"`, by a
-            Jacobian-vector product, or `"finite_difference"`, by two more
-            evaluations, for networks that have none.
+        derivative: How the network's rate is found: by a
+            `"finite_difference"`, another evaluation, of any network; or by
+            a Jacobian-vector product, `"forward_mode"` (the paper), which is
+            exact, and takes a network that is smooth in time (`time_rate` of
+            `UViT`) and has such derivatives.
+        difference_step: How far the difference looks back, as a share of time,
+            in [0.001, 0.25]; at least 1/32 in half precision.
         guidance_scale: Scale of the teacher's classifier-free guidance, at
             least 0: 1 is none. With "distillation" alone.
         teacher: What it learns from, as for `attach_teacher`.
@@ -93,22 +107,24 @@ class MeanFlowModel(DenoisingModel):
         schedule: Any = None,
         *,
         method: str = "distillation",
-        noise_mean: float = -0.4,
-        noise_std: float = 1.0,
-        instantaneous: float = 0.75,
-        weight_power: float = 1.0,
+        noise_mean: float | None = None,
+        noise_std: float | None = None,
+        instantaneous: float = 0.25,
+        weight_power: float = 0.0,
         weight_constant: float = 1e-3,
-        derivative: str = "forward_mode",
+        derivative: str = "finite_difference",
+        difference_step: float = continuous_time.DIFFERENCE_STEP,
         guidance_scale: float = 1.0,
         teacher: Any = None,
         **kwargs: Any,
     ):
-        mean, std, scale = continuous_time.check(
+        shared = continuous_time.check(
             method,
             noise_mean,
             noise_std,
             guidance_scale,
             derivative,
+            difference_step,
             teacher,
             network,
         )
@@ -129,9 +145,9 @@ class MeanFlowModel(DenoisingModel):
         )
         student_steps.take_end(network)
         super().__init__(network, schedule, **kwargs)
-        self.method, self.derivative = method, derivative
-        self.noise_mean, self.noise_std = mean, std
-        self.instantaneous, self.guidance_scale = instantaneous, scale
+        for name, value in shared.items():
+            setattr(self, name, value)
+        self.instantaneous = instantaneous
         self.weight_power, self.weight_constant = power, constant
         self.needs_teacher = method == "distillation"
         self.teacher = distillation.own_base(self)

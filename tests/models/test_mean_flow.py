@@ -8,21 +8,36 @@ from keras import ops
 from keras_mscm import DiffusionModel, MeanFlowModel, backend
 from keras_mscm.schedules import CosineSchedule
 from tests.models.toy_flow import (
+    DEVIATION,
+    Gain,
     ToyFlow,
     as_float64,
     column,
+    gain_of,
+    gaussian,
     half,
+    learn_gaussian,
     toy,
     trained_by,
 )
 
 SHAPE = (4, 4, 1)
-TOLERANCE = {"forward_mode": 1e-5, "finite_difference": 1e-3}
+# Settings of the derivative, and the tolerance of what is made of it.
+EXACT = {"derivative": "forward_mode"}, 1e-5
+NARROW = {"derivative": "finite_difference", "difference_step": 0.001}, 3e-3
+PAPERS = {
+    "noise_mean": -0.4,
+    "noise_std": 1.0,
+    "instantaneous": 0.75,
+    "weight_power": 1.0,
+    "derivative": "forward_mode",
+}
 both_methods = pytest.mark.parametrize("method", ["training", "distillation"])
 
 
 def make(**kwargs):
-    given = {"method": "training", "image_shape": SHAPE, "seed": 1, **kwargs}
+    given = {"method": "training", "image_shape": SHAPE, "seed": 1}
+    given |= PAPERS | kwargs
     if given["method"] == "distillation":
         given["teacher"] = half
     given.setdefault("prediction_type", "x")
@@ -57,14 +72,15 @@ def reference(inputs, images, method):
 
 
 @both_methods
-@pytest.mark.parametrize("derivative", TOLERANCE)
-def test_target_and_weight_are_the_papers(method, derivative, toy_images):
+@pytest.mark.parametrize(("derivative", "tolerance"), [EXACT, NARROW])
+def test_target_and_weight_are_the_papers(
+    method, derivative, tolerance, toy_images
+):
     images = toy_images(64)
-    model = make(method=method, derivative=derivative, weight_power=0.75)
+    model = make(method=method, **derivative, weight_power=0.75)
     inputs, target, weight = example_of(model, images)
     u, u_target, _, z_flow, t, r = reference(inputs, images, method)
     assert np.abs((t - r) * (u - u_target)).max() > 0.1
-    tolerance = TOLERANCE[derivative]
     np.testing.assert_allclose(
         as_float64(target), z_flow - t * u_target, atol=tolerance
     )
@@ -108,6 +124,16 @@ def test_times_are_the_papers(toy_images):
     )
 
 
+def test_times_are_even_by_default(toy_images):
+    model = make(noise_mean=None, noise_std=None)
+    inputs, *_ = example_of(model, toy_images(2000))
+    # The cosine schedule's time is the angle, and the later of two has a mean
+    # of 2/3.
+    angle = np.arctan(np.exp(-as_float64(inputs["logsnr"]) / 2)) * 2 / np.pi
+    np.testing.assert_allclose(angle.mean(), 2 / 3, atol=0.02)
+    np.testing.assert_allclose(angle.std(), np.sqrt(1 / 18), atol=0.02)
+
+
 def test_times_end_where_the_schedule_does(toy_images):
     schedule = CosineSchedule(logsnr_min=-3, logsnr_max=4)
     model = make(schedule=schedule, noise_std=40)
@@ -119,7 +145,7 @@ def test_times_end_where_the_schedule_does(toy_images):
 
 @both_methods
 @pytest.mark.parametrize(
-    ("derivative", "calls"), [("forward_mode", 1), ("finite_difference", 3)]
+    ("derivative", "calls"), [("forward_mode", 1), ("finite_difference", 2)]
 )
 def test_evaluations(method, derivative, calls, toy_images):
     model = make(method=method, derivative=derivative, ema=None)
@@ -136,16 +162,29 @@ def test_evaluations(method, derivative, calls, toy_images):
     assert len(asked) == (method == "distillation")
 
 
-@pytest.mark.parametrize(
-    ("method", "derivative"),
-    [("training", "finite_difference"), ("distillation", "forward_mode")],
-)
+def test_a_student_learns_the_way_to_a_gaussian():
+    """Where the teacher's one step leads nowhere, its way to `DEVIATION`."""
+    model = MeanFlowModel(
+        Gain(),
+        CosineSchedule(logsnr_min=-9),
+        prediction_type="v",
+        image_shape=SHAPE,
+        teacher=gaussian,
+        seed=1,
+    )
+    for steps in (1, 2):
+        assert abs(gain_of(model, steps) - DEVIATION) > 0.1
+    learn_gaussian(model)
+    for steps in (1, 2):
+        np.testing.assert_allclose(gain_of(model, steps), DEVIATION, atol=0.1)
+
+
 def test_it_trains_samples_saves_and_goes_on(
-    method, derivative, tiny_uvit, tmp_path, weights_of, toy_images
+    tiny_uvit, tmp_path, weights_of, toy_images
 ):
     teacher = DiffusionModel(tiny_uvit(dropout=0.1), seed=1)
     model = MeanFlowModel.from_teacher(
-        teacher, method=method, derivative=derivative, seed=2
+        teacher, derivative="forward_mode", seed=2
     )
     model.compile(optimizer=keras.optimizers.Adam(1e-3))
     images = toy_images(16, (8, 8, 1))
@@ -161,8 +200,7 @@ def test_it_trains_samples_saves_and_goes_on(
             model.generate(2, num_steps=steps, seed=0),
             atol=1e-5,
         )
-    if method == "distillation":
-        loaded.attach_teacher(teacher)
+    loaded.attach_teacher(teacher)
     for each in (model, loaded):
         each.fit(images, batch_size=8, shuffle=False, verbose=0)
     for one, other in zip(weights_of(model), weights_of(loaded)):
@@ -172,7 +210,10 @@ def test_it_trains_samples_saves_and_goes_on(
 def test_dropout_is_that_of_the_pass_that_is_trained(tiny_uvit, toy_images):
     """With all r = t - and no weight - no error is left of x itself."""
     model = MeanFlowModel(
-        tiny_uvit(dropout=0.5), method="training", weight_power=0, seed=1
+        tiny_uvit(dropout=0.5),
+        method="training",
+        derivative="forward_mode",
+        seed=1,
     )
     network, seen = model.network, []
 
@@ -213,7 +254,10 @@ def backend_value(tensor):
         ("instantaneous", 1),
         ("weight_power", -1),
         ("weight_constant", 0),
+        ("noise_mean", None),
         ("derivative", "reverse_mode"),
+        ("difference_step", 0.5),
+        ("difference_step", 0.01),  # with a forward-mode derivative
         ("guidance_scale", 2),
         ("guidance_scale", 0),
         ("teacher", half),
@@ -229,10 +273,8 @@ def test_networks_that_cannot_do_it(dense_network):
     with pytest.raises(ValueError, match=r"`network` must.*Received: "):
         MeanFlowModel(dense_network(), image_shape=SHAPE)
     half_precision = ToyFlow(dtype="mixed_bfloat16")
-    with pytest.raises(ValueError, match=r"`derivative` must.*bfloat16"):
-        MeanFlowModel(
-            half_precision, image_shape=SHAPE, derivative="finite_difference"
-        )
+    with pytest.raises(ValueError, match=r"`difference_step` must.*bfloat16"):
+        MeanFlowModel(half_precision, image_shape=SHAPE, difference_step=0.002)
 
 
 @pytest.mark.once

@@ -5,6 +5,8 @@ import numpy as np
 from keras import ops
 
 FACTOR = 0.8
+# Of the Gaussian images whose teacher `gaussian` is.
+DEVIATION = 0.25
 
 
 @keras.saving.register_keras_serializable(package="tests_models")
@@ -64,3 +66,58 @@ def trained_by(model, images):
     before = as_float64(model.network.factor)
     model.fit(images, batch_size=len(images), shuffle=False, verbose=0)
     return as_float64(model.network.factor) - before
+
+
+@keras.saving.register_keras_serializable(package="tests_models")
+class Gain(keras.layers.Layer):
+    """Predicts its input times a smooth function of the angles."""
+
+    takes_logsnr_end = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = keras.layers.Dense(
+            32,
+            activation="tanh",
+            kernel_initializer=keras.initializers.GlorotUniform(seed=0),
+        )
+        self.out = keras.layers.Dense(1, kernel_initializer="zeros")
+        self.hidden.build((None, 6))
+        self.out.build((None, 32))
+        self.built = True
+
+    def call(self, inputs, training=False):
+        level = inputs["logsnr"]
+        end = inputs.get("logsnr_end")
+        end = ops.zeros_like(level) if end is None else end
+        angles = ops.arctan(ops.exp(-ops.stack([level, end], -1) / 2))
+        waves = [angles, ops.sin(angles), ops.cos(angles)]
+        gain = self.out(self.hidden(ops.concatenate(waves, -1)))
+        return gain[:, :, None, None] * inputs["z"]
+
+
+def gaussian(z, logsnr, conditioning):
+    """The mean of x for images of independent Gaussian pixels."""
+    alpha, sigma = ops.sqrt(ops.sigmoid(logsnr)), ops.sqrt(ops.sigmoid(-logsnr))
+    variance = DEVIATION**2 * alpha**2 + sigma**2
+    return (DEVIATION**2 * alpha / variance)[:, None, None, None] * z
+
+
+def learn_gaussian(model, iterations=300):
+    """Trains a student of `gaussian`, on such images."""
+    rng = np.random.default_rng(0)
+    images = DEVIATION * rng.standard_normal((32 * iterations, 4, 4, 1))
+    rate = keras.optimizers.schedules.CosineDecay(1e-2, iterations)
+    model.compile(optimizer=keras.optimizers.Adam(rate))
+    images = np.clip(images, -1, 1).astype("float32")
+    model.fit(images, batch_size=32, verbose=0)
+
+
+def gain_of(model, num_steps):
+    """What noise is multiplied by on its way to an image."""
+    noise = np.random.default_rng(1).standard_normal((200, 4, 4, 1))
+    noise = noise.astype("float32")
+    images = model.generate(
+        noise=noise, num_steps=num_steps, seed=0, decode=False
+    )
+    return np.mean(images * noise) / np.mean(noise**2)

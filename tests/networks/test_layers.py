@@ -273,7 +273,7 @@ def test_noise_level_embedding_config_round_trip():
     assert loaded.width == 12
     assert loaded.time_rate == 20
     assert "time_rate" not in NoiseLevelEmbedding(12).get_config()
-    with pytest.raises(ValueError, match=r"`time_rate` must.*Received: 1"):
+    with pytest.raises(ValueError, match=r"`time_rate` must.*Received: "):
         NoiseLevelEmbedding(12, time_rate=1)
 
 

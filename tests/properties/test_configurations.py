@@ -91,6 +91,7 @@ OTHERS = {
     },
     "ContinuousConsistencyModel": {
         "method": "training",
+        "noise_mean": np.float32(-0.5),
         "noise_std": np.float64(2),
         "warmup_iterations": np.int64(7),
         "adaptive_weighting": np.False_,
@@ -99,7 +100,8 @@ OTHERS = {
         "noise_mean": np.int64(0),
         "instantaneous": np.float32(0.5),
         "weight_power": np.int32(1),
-        "derivative": "finite_difference",
+        "noise_std": np.float32(1),
+        "difference_step": np.float32(0.125),
     },
     "PeRFlowModel": {
         "solver_steps": np.int64(3),
