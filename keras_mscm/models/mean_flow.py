@@ -33,13 +33,13 @@ class MeanFlowModel(DenoisingModel):
     The paper's network is smooth in time. By default the derivative is a
     difference, so that others will do, and times are drawn evenly, so that
     sampling's first is among them. Measured on `digits_teacher`, by the Frechet
-    distance over that of the teacher's best: a student of 400 updates of 64
-    images (Adam, 1e-3) has 9.4, 2.9 and 1.4 in 1, 2 and 4 steps, where the
-    teacher has 35.9, 15.7 and 6.3 by DDIM. In forward mode, with the paper's
-    draw of times and weight, 1000 updates at 5e-4 left it at 36.0, 15.7 and
-    6.2. With a teacher of `time_rate=20`, forward mode and even times gave 5.7,
-    1.7 and 2.1 after 400. `MultistepConsistencyModel`, one student for each
-    number, is better in so few updates: 2.9 and 1.7 in 1 and 2 steps after 300.
+    distance over that of the teacher's best: a student of 1000 updates of 64
+    images (Adam, 1e-3) has 2.4, 1.5 and 1.2 in 1, 2 and 4 steps (after 400 9.4,
+    2.9 and 1.4), where the teacher has 35.9, 15.7 and 6.3 by DDIM. In forward
+    mode, with the paper's draw of times and weight, 1000 updates at 5e-4 left
+    it at 36.0, 15.7 and 6.2. With a teacher of `time_rate=20`, forward mode and
+    even times gave 5.7, 1.7 and 2.1 after 400. `MultistepConsistencyModel`, one
+    student for each number of steps, has 1.4 and 1.1 in 1 and 2 after 1000.
 
     An update takes the network's rate, two evaluations by a difference, about
     two and their memory in forward mode, and one evaluation with a gradient.
