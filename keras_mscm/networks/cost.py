@@ -30,11 +30,11 @@ def flops(network: Any, context_length: int = 128) -> int:
     if network.embed_context:
         flops += network.embed_context.flops()
         length = context_length + 1  # the null token
-    for stage, blocks in network.stages():
-        sides = network.sides[stage]
+    for stage, blocks in network._stages():
+        sides = network._sides[stage]
         extra = [length] if network.attention[stage] else []
         flops += sum(block.flops(*sides, *extra) for block in blocks)
     for i, (widen, narrow) in enumerate(zip(network.widen, network.narrow)):
         for dense in (widen, narrow):
-            flops += 2 * math.prod(network.sides[i + 1] + dense.kernel.shape)
+            flops += 2 * math.prod(network._sides[i + 1] + dense.kernel.shape)
     return flops

@@ -261,7 +261,7 @@ class UViT(keras.Model):
             return
         p, channels = self.patch_size, self.image_shape[-1]
         embedding = (None, self.embedding_width)
-        maps = [(None, *sides, c) for sides, c in zip(self.sides, self.widths)]
+        maps = [(None, *sides, c) for sides, c in zip(self._sides, self.widths)]
         context: list[tuple] = []
         self.embed_noise.build((None,))
         if self.embed_label:
@@ -280,7 +280,7 @@ class UViT(keras.Model):
         for i, position in enumerate(self.positions):
             if position:
                 position.build(maps[i])
-        for stage, blocks in self.stages():
+        for stage, blocks in self._stages():
             attends = self.attention[stage]
             conditions = [embedding, *context] if attends else [embedding]
             for block in blocks:
@@ -293,13 +293,13 @@ class UViT(keras.Model):
         return standard(self.num_classes, self.context_width)
 
     @property
-    def sides(self) -> list[tuple[int, int]]:
+    def _sides(self) -> list[tuple[int, int]]:
         """Height and width of each stage's feature maps."""
         height, width, _ = self.image_shape
         scales = [self.patch_size * 2**i for i in range(len(self.widths))]
         return [(height // scale, width // scale) for scale in scales]
 
-    def stages(self) -> list[tuple[int, list]]:
+    def _stages(self) -> list[tuple[int, list]]:
         """Number and blocks of each stage, down, in the middle and up."""
         middle = len(self.down)
         return [
