@@ -231,12 +231,27 @@ def plot_distances(results, path):
     figure.savefig(path, dpi=150)
 
 
-def plot_grids(panels, path, columns=10, rows=6, width=4):
+def plot_rows(rows, path, columns=20):
+    """Sets of images one below another; a column has the same noise."""
+    figure, all_axes = plt.subplots(
+        len(rows), 1, figsize=(11, 0.6 * len(rows)), layout="constrained"
+    )
+    for axes, (title, images) in zip(all_axes, rows.items(), strict=True):
+        cells = np.pad(images[:columns, :, :, 0], ((0, 0), (1, 1), (1, 1)))
+        axes.imshow(
+            np.concatenate([*cells], axis=1), cmap="gray_r", vmin=-1, vmax=1
+        )
+        axes.set_ylabel(title, rotation=0, ha="right", va="center")
+        axes.set(xticks=[], yticks=[], frame_on=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_grids(panels, path, columns=10, rows=6):
     """Sets of images side by side; column c shows the digit c."""
     figure, all_axes = plt.subplots(
         1,
         len(panels),
-        figsize=(width * len(panels), width * rows / columns + 0.4),
+        figsize=(4 * len(panels), 4 * rows / columns + 0.4),
         layout="constrained",
     )
     for axes, (title, images) in zip(all_axes, panels.items(), strict=True):
@@ -393,15 +408,15 @@ def main(args):
 
     plot_distances(results, output / "distance.png")
     grid_of = {
-        f"one student, {k} step{'s'[: k > 1]}": samples[k] for k in (1, 2, 4, 8)
+        f"student, {k} step{'s'[: k > 1]}": samples[k] for k in (1, 2, 4, 8)
     }
-    grid_of["teacher, DDIM, 512 steps"] = teacher.generate(
+    grid_of["teacher, 512 steps"] = teacher.generate(
         noise=noise[:60],
         labels=wanted[:60],
         num_steps=512,
         sampler=samplers.DDIM(),
     )
-    plot_grids(grid_of, output / "samples.png", width=2.6)
+    plot_rows(grid_of, output / "samples.png")
     plot_grids(
         {
             "samples of the student, 8 steps": samples[8],
