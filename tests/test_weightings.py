@@ -88,7 +88,10 @@ def test_a_weighting_is_its_model_s_again(weighting, reference):
     assert serialize(loaded.weighting) == serialize(weighting)
 
 
-@pytest.mark.parametrize("name", weightings.__all__)
+@pytest.mark.parametrize(
+    "name",
+    sorted({*weightings.__all__} - {"flow_velocity"}),  # which is newer
+)
 def test_losses_has_the_same_names(name):
     assert getattr(losses, name) is getattr(weightings, name)
 

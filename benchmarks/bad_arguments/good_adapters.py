@@ -87,7 +87,7 @@ def _of_model(
         good,
         more=more,
         # What the adapter says of the network.
-        without=("prediction_type", "float32_layers"),
+        without=("prediction_type", "float32_layers", "end_width"),
     )
     if name not in ("from_flax_linen", "from_flax_nnx", "from_edm"):
         made.domains.pop("conditioning", None)
