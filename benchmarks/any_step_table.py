@@ -2,7 +2,7 @@
 
 import matplotlib
 
-from benchmarks.tables import METHODS, cell, markdown
+from benchmarks.tables import METHODS, cell, circumstances, markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -120,16 +120,7 @@ def plot(rows, path):
 
 def write(rows, folder):
     """Writes table.md and ratio.png."""
-    last = rows[-1]
-    when = ", ".join(
-        [
-            last["date"],
-            last["processor"],
-            f"{last['cores']} cores",
-            *(f"{k} {v}" for k, v in last["versions"].items()),
-        ]
-    )
-    lines = [HEAD.format(when=when), ""]
+    lines = [HEAD.format(when=circumstances(rows[-1])), ""]
     for method in ("distillation", "training"):
         lines += [f"## {METHODS[method]}", "", *main_table(rows, method)]
     lines += [

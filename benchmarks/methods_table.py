@@ -2,7 +2,7 @@
 
 import matplotlib
 
-from benchmarks.tables import cell, markdown
+from benchmarks.tables import cell, circumstances, markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -85,16 +85,7 @@ def plot(rows, path):
 
 def write(rows, folder):
     """Writes table.md and quality.png."""
-    last = rows[-1]
-    when = ", ".join(
-        [
-            last["date"],
-            last["processor"],
-            f"{last['cores']} cores",
-            *(f"{k} {v}" for k, v in last["versions"].items()),
-        ]
-    )
-    lines = [HEAD.format(when=when), ""]
+    lines = [HEAD.format(when=circumstances(rows[-1])), ""]
     for budget in ("iterations", "time"):
         lines += [f"## Equal {budget}", "", *table(rows, budget)]
     lines += ["![Quality over K](quality.png)"]

@@ -15,6 +15,13 @@ def markdown(head, lines):
     return ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
 
 
+def circumstances(row):
+    """When, on what and by which versions a row was measured, in words."""
+    cores = f"{row['cores']} core{'s'[: row['cores'] != 1]}"
+    versions = (f"{k} {v}" for k, v in row["versions"].items())
+    return ", ".join([row["date"], row["processor"], cores, *versions])
+
+
 def shared(*measured):
     """Each with those seeds only that all have which have any."""
     known = [set(values) for values in measured if values]
