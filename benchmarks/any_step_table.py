@@ -98,11 +98,14 @@ def plot(rows, path):
     for axes, method in zip(all_axes, ("distillation", "training")):
         for of_kind, budget, style, label in (
             ("several", 4000, "o-", "one student, 4,000"),
+            ("several", 10_000, "o-", "one student, 10,000"),
             ("separate", 800, "s--", "five students, 800 each"),
             ("separate", 4000, "^:", "five students, 4,000 each"),
         ):
             known = {k: ratios(rows, method, of_kind, budget, k) for k in EVERY}
             known = {k: v for k, v in known.items() if v}
+            if not known:
+                continue
             means = [sum(v.values()) / len(v) for v in known.values()]
             axes.plot([*known], means, style, label=label)
         axes.axhline(1, color="grey", linestyle=":")
