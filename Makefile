@@ -18,11 +18,15 @@ demo: .venv/.demo  ## install, then distil the digits into demo/
 figure: .venv/.demo  ## the paper's figure 1, into demo/two_modes/
 	KERAS_BACKEND=jax $(BIN)/python examples/two_modes.py
 
+# In two parts, because TensorFlow keeps all that it has traced.
+PARTS := tests/models --ignore=tests/models
 test: .venv/.dev  ## every test on every backend; what can't differ, on one
 	@set -e; tests='not slow'; for backend in $(BACKENDS); do \
-		echo "== tests on $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/pytest -n 2 --dist loadfile \
-			-m "$$tests"; \
+		for part in $(PARTS); do \
+			echo "== tests on $$backend: $$part"; \
+			KERAS_BACKEND=$$backend $(BIN)/pytest -n 2 --dist loadfile \
+				-m "$$tests" $$part; \
+		done; \
 		tests='not slow and not once'; \
 	done
 
