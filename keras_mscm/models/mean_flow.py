@@ -12,6 +12,7 @@ from keras_mscm.conditioning import Conditioning
 from keras_mscm.functional.parameterizations import flow_time
 from keras_mscm.functional.process import Tensor
 from keras_mscm.models import continuous_time, distillation, student_steps
+from keras_mscm.models.arguments import BELOW_1
 from keras_mscm.models.base import DenoisingModel, Example
 
 
@@ -129,10 +130,8 @@ class MeanFlowModel(DenoisingModel):
             network,
         )
         instantaneous = checks.check_number(
-            "instantaneous", instantaneous, 0, "a number in [0, 1)", 1
+            "instantaneous", instantaneous, 0, "in [0, 1)", BELOW_1
         )
-        if instantaneous == 1:
-            raise checks.invalid("instantaneous", "a number in [0, 1)", 1)
         power = checks.check_number(
             "weight_power", weight_power, 0, "a number in [0, 2]", 2
         )
